@@ -1,0 +1,5 @@
+"""`python -m fedveil` is `fedveil`."""
+
+from .cli import main
+
+main()

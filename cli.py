@@ -1,0 +1,217 @@
+"""The command line: thin handlers over the Python API.
+
+Importing it loads neither torch nor Flower; every handler imports what it needs.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .run import Run
+
+app = typer.Typer(
+    help="Federated, differentially private training of generative models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def main() -> None:
+    """The console script: an error of ours is one line on stderr and an exit code."""
+    from .config import FedveilError
+
+    # Taken out here, so that it may stand anywhere on the line.
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.CRITICAL, format="%(name)s: %(message)s"
+    )
+    try:
+        app(arguments, prog_name="fedveil")
+    except FedveilError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and logs.")] = False,
+) -> None:
+    """Federated, differentially private training of generative models."""
+    del debug  # read by main(), before the arguments are parsed
+    if version:
+        typer.echo(f"fedveil {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(help="The run, a TOML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option that wins over the file: section.key=value."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder, new or empty.")] = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Simulate a federation on this machine."""
+    from .config import load_config, parse_setting
+
+    parsed = dict(parse_setting(text) for text in settings or [])
+    loaded = load_config(config, parsed)
+    if dry_run:
+        _print_plan(loaded, as_json=as_json)
+        return
+    from .run import simulate as run_simulation
+
+    with _progress() as observe:
+        run = run_simulation(loaded, out=out, observe=observe)
+    if as_json:
+        typer.echo(json.dumps(run.metrics))
+    else:
+        _print_summary(run)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Images: .png, .npz. Tables: .csv, .parquet, .png.")
+    ],
+    n: Annotated[int, typer.Option("-n", help="How many records.")] = 100,
+    seed: Annotated[int | None, typer.Option(help="For equal draws.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Draw synthetic records from a finished run."""
+    from .export import write
+    from .run import load
+
+    loaded = load(run)
+    write(loaded, n, out, seed)
+    if as_json:
+        typer.echo(json.dumps({"file": str(out), "n": n, **loaded.provenance()}))
+    else:
+        typer.echo(f"{out}: {n} synthetic records, {_promise(loaded.privacy)}")
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="The TOML file to write.")],
+) -> None:
+    """Write a commented configuration to start from."""
+    from .config import ConfigError
+    from .reference import template
+
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(template())
+    except FileExistsError:
+        raise ConfigError(f"{file}: is there already; choose another name") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be written ({error.strerror})") from None
+    typer.echo(f"{file}: written; run it with `fedveil simulate {file}`")
+
+
+def _print_plan(loaded: Any, *, as_json: bool) -> None:  # noqa: ANN401
+    from .privacy.plan import plan
+    from .run import resolve
+    from .server.simulation import load_shards
+
+    resolved, schema = resolve(loaded)
+    load_shards(resolved, schema)
+    priced = plan(resolved)
+    if as_json:
+        typer.echo(json.dumps({**priced.as_dict(), "schedule": list(priced.schedule)}))
+        return
+    for key, value in priced.as_dict().items():
+        typer.echo(f"{key:20} {_figure(value)}")
+
+
+def _print_summary(run: "Run") -> None:
+    privacy, metrics = run.privacy, run.metrics
+    typer.echo(
+        f"{metrics['rounds']} rounds, {metrics['sites']} sites, {metrics['seconds']['total']:.1f} s"
+    )
+    typer.echo(f"Privacy: {_promise(privacy)}")
+    typer.echo(f"Protects one {privacy['unit']} against {privacy['against']}")
+    typer.echo(f"Run folder: {run.path}")
+    for file in sorted(run.path.glob("samples.*")):
+        typer.echo(f"Samples: {file}")
+
+
+def _promise(privacy: dict[str, Any]) -> str:
+    if privacy["epsilon"] is None:
+        return "NONE: THIS RUN IS NOT PRIVATE"
+    return (
+        f"epsilon {privacy['epsilon']:.3f} of {privacy['target_epsilon']:g}, "
+        f"delta {privacy['delta']:.2g}, mechanism {privacy['mechanism']}, "
+        f"accountant {privacy['accountant']}"
+    )
+
+
+def _figure(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_figure(part)}" for key, part in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar on stderr: round, epsilon spent of target, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[spent]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=None, start=False, spent="", visible=False)
+        target = None
+
+        def observe(event: dict[str, Any]) -> None:
+            nonlocal target
+            if event["event"] == "run":
+                target = event["privacy"]["target_epsilon"]
+                bar.start_task(task)
+                bar.update(task, total=event["privacy"]["rounds"], visible=True)
+            elif event["event"] == "round":
+                spent = (
+                    "NOT PRIVATE"
+                    if target is None
+                    else f"epsilon {event['epsilon']:.2f}/{target:g}"
+                )
+                bar.update(task, completed=event["round"], spent=spent)
+                for dropped in event["dropped"]:
+                    bar.console.print(
+                        f"round {event['round']}: site {dropped['site']} dropped: "
+                        f"{dropped['reason']}",
+                        markup=False,
+                    )
+
+        yield observe

@@ -1,0 +1,1 @@
+"""What runs at a site: its data, one round's work, the Flower ClientApp."""

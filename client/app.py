@@ -1,0 +1,77 @@
+"""The Flower ClientApp: it unpacks, checks the budget, computes, replies. Handlers only."""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+
+from pydantic import ValidationError
+
+from ..config import ConfigError, RunConfig
+from ..data_prep.schema import Schema, schema_from_json
+from ..flower import ClientApp, ConfigRecord, Context, Message, RecordDict
+from ..models import family
+from ..models.state import load_arrays
+from ..privacy.plan import Plan, plan
+from ..wire import TRAIN, Refusal, Refused, Task, Update, WireError, pack, read_task
+from .site import Site
+from .training import train
+
+log = logging.getLogger(__name__)
+
+
+def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
+    """The app of every site; `open_site` finds the site that a context is for."""
+    app = ClientApp()
+
+    @app.train(TRAIN.partition(".")[2])
+    def step(message: Message, context: Context) -> Message:
+        return Message(pack(_answer(message, context, open_site)), reply_to=message)
+
+    return app
+
+
+def _answer(
+    message: Message, context: Context, open_site: Callable[[Context], Site]
+) -> Update | Refused:
+    try:
+        task = read_task(message.content)
+    except WireError as error:
+        log.error("refused a message: %s", error)
+        return Refused("", 0, Refusal.CONFIGURATION)
+    try:
+        config, schema, priced = _understand(task.config, task.schema)
+    except (ConfigError, ValidationError) as error:
+        log.error("refused run %s: %s", task.run_id, error)
+        return Refused(task.run_id, task.round, Refusal.CONFIGURATION)
+    if not _debit(context.state, task, priced):
+        return Refused(task.run_id, task.round, Refusal.BUDGET)
+    try:
+        site = open_site(context)
+        module = family(config.model.family).build(config.model, schema)
+        load_arrays(module, task.arrays)
+        records = site.records(config, schema).training
+        arrays = train(module, records, config, priced, site.coins)
+    except Exception:  # no text of an exception may leave the site: it can quote records
+        log.exception("run %s, round %d failed", task.run_id, task.round)
+        return Refused(task.run_id, task.round, Refusal.FAILED)
+    return Update(task.run_id, task.round, arrays)
+
+
+@lru_cache(maxsize=4)
+def _understand(config_json: str, schema_json: str) -> tuple[RunConfig, Schema, Plan]:
+    """Reads the run and prices it by the site's own code; whatever the server says it costs."""
+    config = RunConfig.model_validate_json(config_json)
+    return config, schema_from_json(schema_json), plan(config)
+
+
+def _debit(state: RecordDict, task: Task, priced: Plan) -> bool:
+    """Counts a round before data is read: each is answered once, and none beyond the plan.
+
+    The count lives as long as the context; the durable ledger comes on top.
+    """
+    spent = state.get(task.run_id)
+    last = spent["round"] if isinstance(spent, ConfigRecord) else 0
+    if not isinstance(last, int) or not last < task.round <= priced.rounds:
+        return False
+    state[task.run_id] = ConfigRecord({"round": task.round})
+    return True

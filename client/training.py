@@ -1,0 +1,57 @@
+"""One round's work at a site, on its training records only."""
+
+import torch
+from torch import nn
+
+from ..config import RunConfig
+from ..models import Batch, Family, family
+from ..models.state import Arrays, to_arrays
+from ..privacy.clipping import clipped_sum
+from ..privacy.mechanism import MECHANISMS
+from ..privacy.noise import Coins
+from ..privacy.plan import Plan
+
+
+def gradient_sum(
+    kind: Family, module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coins: Coins
+) -> Arrays:
+    """One step's clipped gradient sum over a fresh Poisson sample, after the site's own noise.
+
+    Formal guarantee: the sum has sensitivity `plan.clipping_norm` in one record, which is in it
+    with probability `plan.sampling_rate`; under `local` the result is one priced release, under
+    `central` it becomes one at the server.
+    """
+    rows = torch.from_numpy(coins.poisson_sample(len(records.y), plan.sampling_rate))
+    total = clipped_sum(
+        module,
+        kind.example_losses,
+        Batch(records.x[rows], records.y[rows]),
+        plan.clipping_norm,
+        coins.generator(),
+        micro_batch=config.training.micro_batch,
+    )
+    arrays = {name: gradient.numpy() for name, gradient in total.items()}
+    return MECHANISMS[plan.mechanism].at_site(arrays, plan, coins)
+
+
+def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coins: Coins) -> Arrays:
+    """What a site sends for one round.
+
+    Returns:
+        Under `adam` and `sgd` a gradient sum, under `fedavg` the trainable parameters after
+        `local_steps` steps of Adam, each on a sum of its own.
+    """
+    kind = family(config.model.family)
+    names = kind.trainable(module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in names)
+    if config.strategy != "fedavg":
+        return gradient_sum(kind, module, records, config, plan, coins)
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    for _ in range(plan.releases_per_round):
+        total = gradient_sum(kind, module, records, config, plan, coins)
+        for name, parameter in parameters.items():
+            parameter.grad = torch.from_numpy(total[name]) / plan.expected_batch
+        optimiser.step()
+    return to_arrays(module, names)

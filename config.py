@@ -1,0 +1,455 @@
+"""What a run is: frozen options, read from one TOML file and checked in one place.
+
+Free of torch and Flower, so that the command line answers at once. An option that is left out
+and whose default depends on others stays `None` here; the properties of `RunConfig` derive it,
+and `RunConfig.resolved` writes the derived values in.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MechanismName = Literal["none", "central", "local"]
+StrategyName = Literal["sgd", "adam", "fedavg"]
+UnitName = Literal["record"]
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class FedveilError(Exception):
+    """An error for the user: one line that names field, value and mend.
+
+    `exit_code` is 1 for a run that failed.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(FedveilError):
+    """A wrong call or configuration; exit code 2."""
+
+    exit_code = 2
+
+
+class Options(BaseModel):
+    """A frozen section of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Federation(Options):
+    """Who takes part, for how long, and where it runs."""
+
+    name: str = Field("fedveil", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Run name.")
+    sites: Count = Field(10, description="Number of sites (simulated ones, in a simulation).")
+    rounds: Count = Field(200, description="Rounds of training.")
+    seed: int = Field(
+        0, ge=0, description="Seed of public randomness: initial weights, simulated site split."
+    )
+    engine: Literal["local"] = Field("local", description="`local`: all sites in this process.")
+    min_replies: Count | None = Field(
+        None, description="Fewest usable replies a round may go on with; more than half the sites."
+    )
+
+
+class Data(Options):
+    """Where the records come from and how they are shared out."""
+
+    source: str = Field(
+        description="A CSV or Parquet file, an npz, a folder of images by class, "
+        "`sklearn:digits` or `sklearn:breast_cancer`. Relative to this file."
+    )
+    schema_file: str | None = Field(
+        None,
+        alias="schema",
+        description="The schema (TOML) that declares columns and bounds, or image shape and "
+        "classes. Built in for `sklearn:` sources.",
+    )
+    records: Count | None = Field(
+        None,
+        description="Declared, public size of the whole federation's data; never read off the "
+        "data. Known for `sklearn:` sources.",
+    )
+    partition: Literal["iid", "dirichlet", "column"] = Field(
+        "iid", description="How a simulation shares the records out to its sites."
+    )
+    alpha: Positive = Field(
+        0.5, description="Dirichlet concentration of the label skew; small is more skewed."
+    )
+    column: str | None = Field(
+        None, description='The column that decides the site (`partition = "column"`).'
+    )
+    holdout: Share = Field(0.1, description="Share of the records held out for evaluation.")
+    audit: Share = Field(0.0, description="Share of the records kept for the audit.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.holdout + self.audit >= 1:
+            raise ValueError(
+                f"data.holdout + data.audit = {self.holdout + self.audit:g}: must leave records "
+                "to train on; lower one of them below a sum of 1"
+            )
+        if (self.partition == "column") != (self.column is not None):
+            raise ValueError(
+                f'data.column = {self.column!r}: goes with data.partition = "column", and only '
+                "with it"
+            )
+        return self
+
+
+class Clean(Options):
+    """What happens to a bad value; a missing value where none may be drops the record."""
+
+    type_error: Literal["missing", "drop"] = Field(
+        "missing", description="A value that is not of its column's kind."
+    )
+    unknown_category: Literal["missing", "drop"] = Field(
+        "missing", description="A category that the schema does not declare."
+    )
+    out_of_bounds: Literal["clip", "missing", "drop"] = Field(
+        "clip", description="A number outside the declared bounds."
+    )
+
+
+class VaeOptions(Options):
+    """The conditional variational autoencoder (Kingma and Welling 2014)."""
+
+    family: Literal["vae"] = Field(description="The kind of generator.")
+    latent: Count = Field(8, description="Size of the latent code.")
+    width: Count = Field(16, description="Channels of the first convolution (images).")
+    hidden: Count = Field(96, description="Hidden units a layer (tables).")
+    beta: Positive = Field(1.0, description="Weight of the KL term.")
+    reconstruction: Literal["bce", "mse"] = Field(
+        "bce", description="Loss of pixels and numeric columns."
+    )
+
+
+class Training(Options):
+    """How steps are taken."""
+
+    learning_rate: Positive | None = Field(
+        None, description="Of the optimiser: the server's, or under `fedavg` the sites'."
+    )
+    ema: Share = Field(
+        0.9, description="Decay of the moving average of the server's weights; 0 is off."
+    )
+    local_steps: Count = Field(1, description="Steps a site takes in a round (`fedavg`).")
+    micro_batch: Count = Field(
+        64, description="Records processed at a time, a public size; memory, not privacy."
+    )
+
+
+class Privacy(Options):
+    """What is promised, and how it is kept."""
+
+    unit: UnitName = Field("record", description="What is hidden: one record.")
+    mechanism: MechanismName = Field("central", description="Where noise is added; see below.")
+    epsilon: Positive = Field(3.0, description="Budget of the whole run.")
+    delta: float | None = Field(None, gt=0, lt=1, description="Default: min(1e-5, records^-1.5).")
+    clipping_norm: Positive = Field(1.0, description="L2 bound of one record's gradient.")
+    sampling_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Chance of a record to be in a step. Default: 512 records a step expected.",
+    )
+
+
+class Aggregation(Options):
+    """What the server does with the sites' replies."""
+
+    strategy: StrategyName | None = Field(
+        None, description="Default: `adam`; `fedavg` under `local`."
+    )
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A row of the compatibility table: what a mechanism protects against and goes with."""
+
+    against: str
+    strategies: tuple[StrategyName, ...]
+    units: tuple[UnitName, ...]
+
+
+COMPATIBILITY: Mapping[MechanismName, Allowed] = {
+    "central": Allowed(
+        against="everyone but the server, which sees each site's un-noised sums",
+        strategies=("adam", "sgd"),
+        units=("record",),
+    ),
+    "local": Allowed(
+        against="everyone, the server and the other sites included",
+        strategies=("fedavg",),
+        units=("record",),
+    ),
+    "none": Allowed(
+        against="NOBODY: THIS RUN IS NOT PRIVATE",
+        strategies=("adam", "sgd", "fedavg"),
+        units=("record",),
+    ),
+}
+
+BUILT_IN_SIZES = {"sklearn:digits": 1797, "sklearn:breast_cancer": 569}
+"""Published sizes of the data sets that scikit-learn ships."""
+
+_LEARNING_RATES: Mapping[StrategyName, float] = {"adam": 0.005, "sgd": 0.5, "fedavg": 0.005}
+_EXPECTED_BATCH = 512
+
+
+class RunConfig(Options):
+    """One run. Equal configurations price, build and train alike."""
+
+    federation: Federation = Federation()
+    data: Data
+    clean: Clean = Clean()
+    model: VaeOptions
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    aggregation: Aggregation = Aggregation()
+
+    @property
+    def strategy(self) -> StrategyName:
+        """The strategy in force: the one asked for, or the mechanism's first."""
+        return self.aggregation.strategy or COMPATIBILITY[self.privacy.mechanism].strategies[0]
+
+    @property
+    def records(self) -> int:
+        """The declared public number of records of the whole federation."""
+        declared = self.data.records or BUILT_IN_SIZES.get(self.data.source)
+        if declared is None:
+            raise ConfigError(
+                "data.records: missing: declare the public size of the federation's data, a "
+                "round number that may be published"
+            )
+        return declared
+
+    @property
+    def training_records(self) -> float:
+        """The declared records less the shares that are held out."""
+        return self.records * (1 - self.data.holdout - self.data.audit)
+
+    @property
+    def delta(self) -> float:
+        """The delta in force."""
+        return self.privacy.delta or min(1e-5, self.records**-1.5)
+
+    @property
+    def sampling_rate(self) -> float:
+        """The Poisson sampling rate in force; under `fedavg` of each site's own records."""
+        pool = self.training_records
+        if self.strategy == "fedavg":
+            pool /= self.federation.sites
+        return self.privacy.sampling_rate or min(1.0, _EXPECTED_BATCH / pool)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate in force."""
+        return self.training.learning_rate or _LEARNING_RATES[self.strategy]
+
+    @property
+    def min_replies(self) -> int:
+        """The fewest usable replies in force."""
+        return self.federation.min_replies or self.federation.sites // 2 + 1
+
+    def resolved(self) -> "RunConfig":
+        """This configuration with every derived default written in."""
+        return self.model_copy(
+            update={
+                "federation": self.federation.model_copy(update={"min_replies": self.min_replies}),
+                "data": self.data.model_copy(update={"records": self.records}),
+                "training": self.training.model_copy(update={"learning_rate": self.learning_rate}),
+                "privacy": self.privacy.model_copy(
+                    update={"delta": self.delta, "sampling_rate": self.sampling_rate}
+                ),
+                "aggregation": Aggregation(strategy=self.strategy),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_compatibility(self)
+        return self
+
+
+def check_compatibility(config: RunConfig) -> None:
+    """Holds a configuration against the compatibility table.
+
+    Raises:
+        ValueError: Names the option that does not go with the mechanism, and what does.
+    """
+    mechanism = config.privacy.mechanism
+    allowed = COMPATIBILITY[mechanism]
+    if config.strategy not in allowed.strategies:
+        raise ValueError(
+            f'aggregation.strategy = "{config.strategy}": does not go with privacy.mechanism = '
+            f'"{mechanism}"; use {_either(allowed.strategies)}'
+        )
+    if config.privacy.unit not in allowed.units:
+        raise ValueError(
+            f'privacy.unit = "{config.privacy.unit}": does not go with privacy.mechanism = '
+            f'"{mechanism}"; use {_either(allowed.units)}'
+        )
+    if config.training.local_steps > 1 and config.strategy != "fedavg":
+        raise ValueError(
+            f"training.local_steps = {config.training.local_steps}: {config.strategy} takes one "
+            'step a round at the server; use 1, or aggregation.strategy = "fedavg"'
+        )
+    if config.min_replies > config.federation.sites:
+        raise ValueError(
+            f"federation.min_replies = {config.min_replies}: must be at most federation.sites = "
+            f"{config.federation.sites}"
+        )
+
+
+def load_config(path: Path | str, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """Reads a configuration file.
+
+    Paths in the file are relative to it; paths in `settings` to the working directory.
+
+    Args:
+        path: The TOML file.
+        settings: Values that win over the file's, by dotted key (`{"privacy.epsilon": 3}`).
+
+    Raises:
+        ConfigError: The file or a value in it is unusable.
+    """
+    path = Path(path)
+    raw = read_toml(path)
+    _make_paths_absolute(raw, path.parent)
+    return override(raw, settings or {})
+
+
+def override(raw: dict[str, Any], settings: Mapping[str, Any]) -> RunConfig:
+    """A configuration from plain values, where those of `settings` win, by dotted key.
+
+    Raises:
+        ConfigError: A value is unusable.
+    """
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        owner = raw
+        for section in sections:
+            owner = owner.setdefault(section, {})
+            if not isinstance(owner, dict):
+                raise ConfigError(f"{key}: {section} is no section")
+        owner[last] = value
+    _make_paths_absolute(raw, Path.cwd())
+    return validated(RunConfig, raw)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+        ConfigError: It is missing, unreadable or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Reads `a.b=c` as a dotted key and a TOML value; what is no TOML value is a string.
+
+    Raises:
+        ConfigError: There is no `=`, or the key names no section.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        raise ConfigError(f"--set {text}: must be section.key=value, such as privacy.epsilon=3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def validated(model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
+    """Validates raw values against a model.
+
+    Raises:
+        ConfigError: One line on the first wrong value, and how many more there are.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_one_line(model, error)) from None
+
+
+def _make_paths_absolute(raw: dict[str, Any], base: Path) -> None:
+    data = raw.get("data")
+    for key in ("source", "schema"):
+        value = data.get(key) if isinstance(data, dict) else None
+        if isinstance(value, str) and value and not value.startswith("sklearn:"):
+            data[key] = str((base / value).resolve())  # type: ignore[index]
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    return " or ".join(f'"{choice}"' for choice in choices)
+
+
+def _one_line(model: type[BaseModel], error: ValidationError) -> str:
+    # An unknown family explains every unknown option that comes with it, so it goes first.
+    first, *more = sorted(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"])
+    value = json.dumps(first["input"], default=str, ensure_ascii=False)
+    context = first.get("ctx", {})
+    match first["type"]:
+        case "value_error":
+            line = str(context["error"])
+        case "extra_forbidden":
+            line = f"{field}: unknown key{_did_you_mean(model, first['loc'])}"
+        case "missing":
+            line = f"{field}: missing: it has no default"
+        case "literal_error":
+            line = f"{field} = {value}: must be {context['expected']}"
+            line += _nearest(str(first["input"]), context["expected"].split("'")[1::2])
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            line = f"{field} = {value}: must be {_BOUNDS[first['type']]} "
+            line += f"{next(iter(context.values())):g}"
+        case _:
+            message = first["msg"].removeprefix("Input should be ")
+            line = f"{field} = {value}: must be {message}"
+    return line + (f" (and {len(more)} more)" if more else "")
+
+
+_BOUNDS = {
+    "greater_than": ">",
+    "greater_than_equal": ">=",
+    "less_than": "<",
+    "less_than_equal": "<=",
+}
+
+
+def _did_you_mean(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    owner: Any = model
+    for part in location[:-1]:
+        owner = _inner_model(owner, str(part)) or owner
+    names = [field.alias or name for name, field in owner.model_fields.items()]
+    return _nearest(str(location[-1]), names)
+
+
+def _inner_model(owner: type[BaseModel], part: str) -> type[BaseModel] | None:
+    field = owner.model_fields.get(part)
+    if field is None:
+        return None
+    candidates = [field.annotation, *get_args(field.annotation)]
+    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return models[0] if models else None
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else f"; known are {', '.join(choices)}"

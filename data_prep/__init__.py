@@ -1,0 +1,47 @@
+"""Data at a site: read, clean, split, encode. The registry of modalities."""
+
+from importlib import import_module
+
+from ..config import ConfigError, RunConfig
+from .modality import Encoded, Modality
+from .schema import ImageSchema, Schema, load_schema
+
+__all__ = ["MODALITIES", "Encoded", "Modality", "Schema", "modality", "run_schema"]
+
+MODALITIES = {
+    "table": "tabular:MODALITY",
+    "image": "images:MODALITY",
+}
+
+
+def modality(schema: Schema) -> Modality:
+    """The functions for a schema's kind of data, imported on use."""
+    module, name = MODALITIES[schema.modality].split(":")
+    found = getattr(import_module(f".{module}", __name__), name)
+    if not isinstance(found, Modality):
+        raise TypeError(f"{module}:{name} is no Modality")
+    return found
+
+
+def run_schema(config: RunConfig) -> Schema:
+    """The schema of a run: the declared file, or the built-in one of an `sklearn:` source.
+
+    Raises:
+        ConfigError: None is declared, or it is unusable.
+    """
+    data = config.data
+    if data.schema_file is not None:
+        return load_schema(data.schema_file)
+    if data.source == "sklearn:digits":
+        return ImageSchema(height=8, width=8, classes=tuple("0123456789"))
+    if data.source == "sklearn:breast_cancer":
+        from .tabular import breast_cancer_schema
+
+        return breast_cancer_schema()
+    if data.source.startswith("sklearn:"):
+        raise ConfigError(
+            f"data.source = {data.source}: unknown; known are sklearn:digits, sklearn:breast_cancer"
+        )
+    raise ConfigError(
+        "data.schema: missing: name the TOML file that declares the columns and their bounds"
+    )

@@ -1,0 +1,209 @@
+"""The contract that all sites sign: what a record is, declared and never read off the data.
+
+A schema is public. It fixes the domains (bounds, categories, shape, classes) and, with them, the
+layout of an encoded record, so that every site encodes alike and a model can be built without data.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, Strict, model_validator
+
+from ..config import ConfigError, Options, read_toml, validated
+
+Names = Annotated[tuple[str, ...], Strict(False)]  # noqa: FBT003
+Bounds = Annotated[tuple[float, float], Strict(False)]  # noqa: FBT003
+
+
+class Column(Options):
+    """A column of a table."""
+
+    name: str = Field(min_length=1)
+    kind: Literal["numeric", "integer", "categorical"]
+    bounds: Bounds | None = None
+    categories: Names = ()
+    aliases: dict[str, str] = Field(default_factory=dict)  # other spellings of a category
+    transform: Literal["none", "log1p"] = "none"
+    nullable: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        where = f'column "{self.name}"'
+        if self.kind == "categorical":
+            if len(self.categories) < 2 or repeated(self.categories):
+                raise ValueError(f"{where}: categories: needs at least two, each named once")
+            if unknown := sorted(set(self.aliases.values()) - set(self.categories)):
+                raise ValueError(f"{where}: aliases: {unknown[0]!r} is no declared category")
+            if self.bounds or self.transform != "none":
+                raise ValueError(f"{where}: bounds and transform are for numbers")
+        else:
+            if self.bounds is None or self.bounds[0] >= self.bounds[1]:
+                raise ValueError(f"{where}: bounds: declare [low, high] with low < high")
+            if self.categories or self.aliases:
+                raise ValueError(f"{where}: categories and aliases are for categorical columns")
+            if self.transform == "log1p" and self.bounds[0] < 0:
+                raise ValueError(f"{where}: transform: log1p needs a lower bound >= 0")
+        return self
+
+    @property
+    def levels(self) -> int:
+        """One-hot width of a categorical column; a nullable one has "missing" as its last level."""
+        return len(self.categories) + self.nullable
+
+    @property
+    def width(self) -> int:
+        """How many encoded numbers the column takes: its levels, or value (and presence)."""
+        return self.levels if self.kind == "categorical" else 1 + self.nullable
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a column stands in the encoded record: `encoded[start:stop]`."""
+
+    column: Column
+    start: int
+    stop: int
+
+
+class TableSchema(Options):
+    """A table: its columns, its label (if any) and the key of a person (if any)."""
+
+    modality: Literal["table"] = "table"
+    columns: Annotated[tuple[Column, ...], Strict(False)] = Field(alias="column")  # noqa: FBT003
+    label: str | None = None
+    person: str | None = None
+    missing: Names = ("", "NA", "?")
+    header: bool = True  # without one, a file has all columns in the declared order
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [column.name for column in self.columns]
+        if twice := repeated(names):
+            raise ValueError(f"column: {twice!r} is declared twice")
+        if self.label is not None:
+            label = next((c for c in self.columns if c.name == self.label), None)
+            if label is None or label.kind != "categorical" or label.nullable:
+                raise ValueError(
+                    f'label = "{self.label}": must name a categorical column that is not nullable'
+                )
+        if self.person in names:
+            raise ValueError(f'person = "{self.person}": the key must not be a column of the model')
+        if not self.features:
+            raise ValueError("column: declare at least one besides the label")
+        return self
+
+    @cached_property
+    def features(self) -> tuple[Column, ...]:
+        """The columns that are encoded: all but the label."""
+        return tuple(column for column in self.columns if column.name != self.label)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The layout of an encoded record, in the order of the features."""
+        stops = [0]
+        for column in self.features:
+            stops.append(stops[-1] + column.width)
+        spans = zip(self.features, pairwise(stops), strict=True)
+        return tuple(Block(column, start, stop) for column, (start, stop) in spans)
+
+    @property
+    def width(self) -> int:
+        """Length of an encoded record."""
+        return self.blocks[-1].stop
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The label's categories; none without a label."""
+        return next((c.categories for c in self.columns if c.name == self.label), ())
+
+
+class ImageSchema(Options):
+    """Images of one shape, with one class each (or none)."""
+
+    modality: Literal["image"] = "image"
+    height: Annotated[int, Field(ge=4, le=512)]
+    width: Annotated[int, Field(ge=4, le=512)]
+    channels: Literal[1, 3] = 1
+    classes: Names = ()
+    images: str = "images"  # the array in an npz file: [N, H, W] or [N, H, W, C], uint8
+    labels: str = "labels"  # the array in an npz file: [N], a class's name or its index
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.classes) == 1 or repeated(self.classes):
+            raise ValueError("classes: needs none, or at least two, each named once")
+        if self.height % 4 or self.width % 4:
+            raise ValueError(f"height, width = {self.height}, {self.width}: must be multiples of 4")
+        return self
+
+    @property
+    def label(self) -> str | None:
+        """What the label is called; `None` without classes."""
+        return "label" if self.classes else None
+
+    @property
+    def person(self) -> None:
+        """Images carry no key of a person."""
+        return
+
+
+Schema = TableSchema | ImageSchema
+_SCHEMAS: dict[str, type[TableSchema] | type[ImageSchema]] = {
+    "table": TableSchema,
+    "image": ImageSchema,
+}
+
+
+def load_schema(path: Path | str) -> Schema:
+    """Reads a schema from TOML.
+
+    Raises:
+        ConfigError: The file cannot be read, or declares no usable schema.
+    """
+    return parse_schema(read_toml(Path(path)), origin=str(path))
+
+
+def parse_schema(raw: dict[str, Any], origin: str) -> Schema:
+    """Makes a schema from plain values; `origin` names them in errors.
+
+    Raises:
+        ConfigError: They declare no usable schema.
+    """
+    modality = raw.get("modality", "table")
+    if modality not in _SCHEMAS:
+        raise ConfigError(f"{origin}: modality = {modality!r}: must be table or image")
+    try:
+        return validated(_SCHEMAS[modality], raw)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def schema_from_json(text: str) -> Schema:
+    """Reads what `schema_to_json` made.
+
+    Raises:
+        ConfigError: It is no schema.
+    """
+    try:
+        raw = json.loads(text)
+    except ValueError:
+        raw = None
+    if not isinstance(raw, dict):
+        raise ConfigError("schema: is no JSON object")
+    return parse_schema(raw, "schema")
+
+
+def schema_to_json(schema: Schema) -> str:
+    """A schema as it travels to the sites and into the run folder."""
+    return schema.model_dump_json(by_alias=True)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands there twice, if any."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)

@@ -1,0 +1,221 @@
+"""Tables: read, encode to numbers in [0, 1], decode back."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from ..config import Clean
+from .clean import CleaningReport, DataError
+from .clean import clean as clean_table
+from .modality import Encoded, Modality
+from .schema import Block, Schema, TableSchema, parse_schema
+
+_READERS = {".csv": "csv", ".tsv": "csv", ".data": "csv", ".parquet": "parquet"}
+
+
+def read(source: str, schema: Schema) -> pl.DataFrame:
+    """Reads a CSV or Parquet file, or a built-in table, with every value as a string.
+
+    Returns:
+        [N] rows; the schema's columns and the key of a person, if it has one.
+
+    Raises:
+        DataError: Missing, empty or unparsable, or a column is missing.
+    """
+    schema = _table(schema)
+    frame = _breast_cancer() if source == "sklearn:breast_cancer" else _read_file(source, schema)
+    wanted = [c.name for c in schema.columns] + ([schema.person] if schema.person else [])
+    if absent := [name for name in wanted if name not in frame.columns]:
+        found = ", ".join(frame.columns[:8])
+        raise DataError(
+            f'data.source = {source}: column "{absent[0]}" is missing; the file has {found}'
+        )
+    if not frame.height:
+        raise DataError(f"data.source = {source}: holds no records")
+    return frame.select(pl.col(wanted).cast(pl.String))
+
+
+def clean(raw: pl.DataFrame, schema: Schema, rules: Clean) -> tuple[pl.DataFrame, CleaningReport]:
+    """Cleans records one by one; see `data_prep.clean`."""
+    return clean_table(raw, _table(schema), rules)
+
+
+def values(raw: pl.DataFrame, schema: Schema, column: str) -> list[str]:
+    """One column of raw records as trimmed strings, "" for missing."""
+    schema = _table(schema)
+    if column not in raw.columns:
+        raise DataError(
+            f'data.column = "{column}": is no column of the schema; known are '
+            f"{', '.join(raw.columns)}"
+        )
+    aliases = next((c.aliases for c in schema.columns if c.name == column), {})
+    text = raw[column].str.strip_chars().fill_null("")
+    return text.replace(aliases).to_list() if aliases else text.to_list()
+
+
+def take(raw: pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
+    """The given rows."""
+    return raw[rows]
+
+
+def identities(cleaned: pl.DataFrame, schema: Schema) -> list[bytes]:
+    """What decides a record's side of the split: its person, else its whole content."""
+    person = _table(schema).person
+    if person is not None:
+        return [key.encode() for key in cleaned[person]]
+    return [repr(row).encode() for row in cleaned.iter_rows()]
+
+
+def encode(cleaned: pl.DataFrame, schema: Schema) -> Encoded:
+    """Encodes cleaned records by the schema's layout.
+
+    Returns:
+        x: [N, schema.width] float32: one-hot categories, numbers scaled to [0, 1] by their
+        bounds (after the transform), presence bits. y: [N] int64 class, 0 without a label.
+    """
+    schema = _table(schema)
+    x = np.zeros((cleaned.height, schema.width), dtype=np.float32)
+    for block in schema.blocks:
+        series = cleaned[block.column.name]
+        if block.column.kind == "categorical":
+            codes = _codes(series, block.column.categories)
+            x[np.arange(len(codes)), block.start + codes] = 1
+        else:
+            present = series.is_not_null().to_numpy()
+            x[:, block.start] = _scale(series.fill_null(0).to_numpy(), block) * present
+            if block.column.nullable:
+                x[:, block.start + 1] = present
+    y = np.zeros(cleaned.height, dtype=np.int64)
+    if schema.label is not None:
+        y = _codes(cleaned[schema.label], schema.classes)
+    return Encoded(x, y)
+
+
+def decode(encoded: Encoded, schema: Schema) -> pl.DataFrame:
+    """Turns encoded records into a table: the largest level, numbers within their bounds."""
+    schema = _table(schema)
+    decoded: dict[str, pl.Series] = {}
+    for block in schema.blocks:
+        part = encoded.x[:, block.start : block.stop]
+        decoded[block.column.name] = (
+            _named(part.argmax(1), block.column.categories)
+            if block.column.kind == "categorical"
+            else _unscale(part, block)
+        )
+    if schema.label is not None:
+        decoded[schema.label] = _named(encoded.y, schema.classes)
+    return pl.DataFrame({c.name: decoded[c.name] for c in schema.columns})
+
+
+def _table(schema: Schema) -> TableSchema:
+    if not isinstance(schema, TableSchema):
+        raise DataError(f"schema: is for {schema.modality}s, the source is a table")
+    return schema
+
+
+def _read_file(source: str, schema: TableSchema) -> pl.DataFrame:
+    path = Path(source)
+    kind = _READERS.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(f"data.source = {source}: must end in {', '.join(_READERS)}")
+    if not path.is_file():
+        raise DataError(f"data.source = {source}: is no file; check the path")
+    try:
+        if kind == "parquet":
+            return pl.read_parquet(path)
+        frame = pl.read_csv(
+            path,
+            has_header=schema.header,
+            infer_schema=False,
+            separator="\t" if path.suffix == ".tsv" else ",",
+            encoding="utf8",
+        )
+    except (pl.exceptions.PolarsError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"data.source = {source}: cannot be read: {first}") from None
+    if schema.header:
+        return frame.rename(str.strip)
+    if frame.width != len(schema.columns):
+        raise DataError(
+            f"data.source = {source}: has {frame.width} columns, the schema declares "
+            f"{len(schema.columns)} (header = false needs all of them, in order)"
+        )
+    return frame.rename(dict(zip(frame.columns, (c.name for c in schema.columns), strict=True)))
+
+
+def _codes(series: pl.Series, categories: tuple[str, ...]) -> np.ndarray:
+    codes = {category: code for code, category in enumerate(categories)}
+    missing = len(categories)
+    return np.array([codes.get(value, missing) for value in series], dtype=np.int64)
+
+
+def _named(codes: np.ndarray, categories: tuple[str, ...]) -> pl.Series:
+    names: list[str | None] = [*categories, None]
+    return pl.Series([names[code] for code in codes], dtype=pl.String)
+
+
+def _scale(numbers: np.ndarray, block: Block) -> np.ndarray:
+    low, high = _range(block)
+    if block.column.transform == "log1p":
+        numbers = np.log1p(np.maximum(numbers, 0))
+    return np.asarray((numbers - low) / (high - low), dtype=np.float32)
+
+
+def _unscale(part: np.ndarray, block: Block) -> pl.Series:
+    column = block.column
+    low, high = _range(block)
+    numbers = low + part[:, 0].astype(np.float64).clip(0, 1) * (high - low)
+    if column.transform == "log1p":
+        numbers = np.expm1(numbers)
+    if column.kind == "integer":
+        numbers = np.rint(numbers)
+    series = pl.Series(numbers)
+    if column.nullable:
+        series = series.set(pl.Series(part[:, 1] < 0.5), None)
+    return series.cast(pl.Int64) if column.kind == "integer" else series
+
+
+def _range(block: Block) -> tuple[float, float]:
+    if block.column.bounds is None:  # the schema has checked it
+        raise DataError(f'column "{block.column.name}": bounds: missing')
+    low, high = block.column.bounds
+    if block.column.transform == "log1p":
+        return float(np.log1p(low)), float(np.log1p(high))
+    return low, high
+
+
+def _breast_cancer() -> pl.DataFrame:
+    from sklearn.datasets import load_breast_cancer
+
+    bunch = load_breast_cancer()
+    frame = pl.DataFrame(
+        bunch.data, schema=[name.replace(" ", "_") for name in bunch.feature_names]
+    )
+    names = [str(bunch.target_names[target]) for target in bunch.target]
+    return frame.with_columns(pl.Series("diagnosis", names))
+
+
+_BREAST_CANCER_MAXIMA = {
+    "radius": 40, "texture": 50, "perimeter": 300, "area": 5000, "smoothness": 0.25,
+    "compactness": 1.2, "concavity": 1.5, "concave_points": 0.4, "symmetry": 0.8,
+    "fractal_dimension": 0.25,
+}  # fmt: skip
+"""Upper bounds by what the measure can be, rounded generously; public, not read off the data."""
+
+
+def breast_cancer_schema() -> TableSchema:
+    """The built-in schema of `sklearn:breast_cancer`."""
+    columns = []
+    for prefix, factor in (("mean_", 1.0), ("", 0.5), ("worst_", 1.0)):
+        for measure, maximum in _BREAST_CANCER_MAXIMA.items():
+            name = f"{prefix}{measure}" if prefix else f"{measure}_error"
+            columns.append({"name": name, "kind": "numeric", "bounds": [0.0, maximum * factor]})
+    columns.append(
+        {"name": "diagnosis", "kind": "categorical", "categories": ["malignant", "benign"]}
+    )
+    schema = parse_schema({"label": "diagnosis", "column": columns}, "sklearn:breast_cancer")
+    return _table(schema)
+
+
+MODALITY = Modality(read, clean, values, take, identities, encode, decode)

@@ -1,0 +1,180 @@
+"""Synthetic files: a picture, a table, arrays; each says that it is synthetic and of which run."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .config import ConfigError, FedveilError
+from .data_prep.schema import ImageSchema, TableSchema
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from .run import Run
+
+GRID_SAMPLES = 100
+TABLE_SAMPLES = 1000
+_MARGINAL_SAMPLES = 5000
+_GRID_PIXELS = 800
+_KEY = "fedveil"
+
+
+def write(run: "Run", n: int, path: Path, seed: int | None = None) -> Path:
+    """Writes n synthetic records of a run, in the form that the ending names.
+
+    Images: `.png` (a grid, classes in order), `.npz` (arrays). Tables: `.csv` (with the provenance
+    beside it, in `NAME.csv.provenance.json`), `.parquet`, `.png` (its marginals).
+
+    Raises:
+        ConfigError: The ending does not go with the run, or the file cannot be written.
+    """
+    writers = _IMAGE_WRITERS if isinstance(run.schema, ImageSchema) else _TABLE_WRITERS
+    writer = writers.get(path.suffix.lower())
+    if writer is None:
+        raise ConfigError(
+            f"--out {path}: this run makes {run.schema.modality}s; end it in {' or '.join(writers)}"
+        )
+    files = writer(run, n, seed)
+    try:
+        for ending, content in files.items():
+            target = path.with_name(path.name + ending)
+            partial = target.with_name(f".{target.name}.partial")
+            partial.write_bytes(content)
+            partial.replace(target)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {path}: cannot be written ({error.strerror}); choose another"
+        ) from None
+    return path
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What a synthetic file says of itself.
+
+    Raises:
+        FedveilError: It says nothing.
+    """
+    import polars as pl
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        match path.suffix.lower():
+            case ".png":
+                with Image.open(path) as image:
+                    found = image.info[_KEY]
+            case ".parquet":
+                found = pl.read_parquet_metadata(path)[_KEY]
+            case ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    found = str(arrays["provenance"])
+            case _:
+                found = path.with_name(f"{path.name}.provenance.json").read_text(encoding="utf-8")
+        values = json.loads(found)
+    except (OSError, KeyError, ValueError, UnidentifiedImageError, pl.exceptions.PolarsError):
+        values = None
+    if not isinstance(values, dict):
+        raise FedveilError(f"{path}: carries no provenance of ours")
+    return values
+
+
+def _csv(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
+    frame: pl.DataFrame = run.sample_records(n, seed)
+    note = json.dumps(run.provenance(), indent=2) + "\n"
+    return {"": frame.write_csv().encode(), ".provenance.json": note.encode()}
+
+
+def _parquet(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
+    frame: pl.DataFrame = run.sample_records(n, seed)
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, metadata={_KEY: json.dumps(run.provenance())})
+    return {"": buffer.getvalue()}
+
+
+def _npz(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
+    images = run.sample_records(n, seed)
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        images=images.arrays(),
+        labels=images.labels,
+        provenance=np.array(json.dumps(run.provenance())),
+    )
+    return {"": buffer.getvalue()}
+
+
+def _grid(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
+    """A grid of images, a row a class where they fit."""
+    from PIL import Image
+
+    classes = len(run.schema.classes)
+    labels = [index * classes // n for index in range(n)] if classes else None
+    images = run.sample_records(n, seed, labels).pixels
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    _, height, width, channels = images.shape
+    gap = max(1, width // 8)
+    canvas = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8
+    )
+    for index, image in enumerate(images):
+        top = gap + index // columns * (height + gap)
+        left = gap + index % columns * (width + gap)
+        # Stroke data sets are light on dark; on paper dark on light reads better.
+        canvas[top : top + height, left : left + width] = 255 - image if channels == 1 else image
+    scale = max(1, _GRID_PIXELS // canvas.shape[1])
+    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    picture = picture.resize(
+        (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+    )
+    return {"": _png(picture, run.provenance())}
+
+
+def _png(picture: Any, provenance: Mapping[str, Any]) -> bytes:  # noqa: ANN401
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(_KEY, json.dumps(provenance))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _marginals(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
+    """A picture of every column's synthetic distribution."""
+    from matplotlib.figure import Figure
+
+    schema = run.schema
+    if not isinstance(schema, TableSchema):
+        raise ConfigError("marginals: are of tables")
+    frame: pl.DataFrame = run.sample_records(max(n, _MARGINAL_SAMPLES), seed)
+    across = 4
+    down = math.ceil(len(schema.columns) / across)
+    figure = Figure(figsize=(3.2 * across, 2.4 * down), layout="constrained")
+    for place, column in enumerate(schema.columns, start=1):
+        axes = figure.add_subplot(down, across, place)
+        axes.set_title(column.name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        values = frame[column.name].drop_nulls()
+        if column.kind == "categorical":
+            counts = [int((values == category).sum()) for category in column.categories]
+            top = sorted(zip(counts, column.categories, strict=True), reverse=True)[:8][::-1]
+            axes.barh([name[:18] for _, name in top], [c / frame.height for c, _ in top])
+        else:
+            axes.hist(values.to_numpy(), bins=30, range=column.bounds, density=True)
+            axes.set_yticks([])
+    epsilon = run.privacy["epsilon"]
+    promise = "NOT PRIVATE" if epsilon is None else f"epsilon {epsilon:.3g}"
+    figure.suptitle(f"Synthetic records of {run.config.federation.name}, {promise}", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, metadata={_KEY: json.dumps(run.provenance())})
+    return {"": buffer.getvalue()}
+
+
+_Writer = Callable[["Run", int, int | None], dict[str, bytes]]
+_IMAGE_WRITERS: dict[str, _Writer] = {".png": _grid, ".npz": _npz}
+_TABLE_WRITERS: dict[str, _Writer] = {".csv": _csv, ".parquet": _parquet, ".png": _marginals}

@@ -1,0 +1,41 @@
+"""Building blocks that are safe under per-example clipping, and public initial weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Constant(nn.Module):
+    """Learnt numbers that depend on no input: a [width] vector, `gain` times its weights.
+
+    A bare `nn.Parameter` beside children would throw the whole module to Opacus's slow fallback; a
+    linear layer of a constant input does not. A gain above 1 lets few numbers be heard under a
+    clipping norm that they share with many.
+    """
+
+    def __init__(self, width: int, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weights = nn.Linear(1, width, bias=False)
+        self.gain = gain
+
+    def forward(self, like: Tensor) -> Tensor:
+        """[B, width]: the same row for each of the B rows of `like`."""
+        rows: Tensor = self.weights(like.new_full((len(like), 1), self.gain))
+        return rows
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Sets all parameters from public randomness: Kaiming-uniform weights, zero biases.
+
+    `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Constant`
+    starts at zero.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, Constant):
+            nn.init.zeros_(layer.weights.weight)

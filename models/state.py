@@ -1,0 +1,79 @@
+"""Parameters as arrays: checked against the module they are for, stored as safetensors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import nn
+
+from ..config import FedveilError
+
+Arrays = dict[str, np.ndarray]
+
+
+class StateError(FedveilError):
+    """Arrays that do not fit the module, or a file that holds none."""
+
+
+def to_arrays(module: nn.Module, names: list[str] | None = None) -> Arrays:
+    """Copies of a module's parameters by name: all of them, or those named."""
+    parameters = dict(module.named_parameters())
+    return {n: parameters[n].detach().numpy().copy() for n in names or parameters}
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]) -> None:
+    """Checks arrays against others: the same keys, shapes and float32, all finite.
+
+    Raises:
+        StateError: What was expected and what came; never a value of the arrays.
+    """
+    if arrays.keys() != like.keys():
+        raise StateError(
+            f"arrays: expected the {len(like)} names of the model, got {len(arrays)} with "
+            f"{len(arrays.keys() & like.keys())} of them"
+        )
+    for name, expected in like.items():
+        got = arrays[name]
+        if got.shape != expected.shape or got.dtype != np.float32:
+            raise StateError(
+                f"{name}: expected {expected.shape} float32, got {got.shape} {got.dtype}"
+            )
+        if not np.isfinite(got).all():
+            raise StateError(f"{name}: expected finite numbers")
+
+
+@torch.no_grad()
+def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Sets all of a module's parameters.
+
+    Raises:
+        StateError: The arrays are not exactly those of the module.
+    """
+    check_arrays(arrays, to_arrays(module))
+    for name, parameter in module.named_parameters():
+        parameter.copy_(torch.from_numpy(np.array(arrays[name])))
+
+
+def to_bytes(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> bytes:
+    """Arrays and facts about them as one safetensors file."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save(contiguous, metadata={"fedveil": json.dumps(facts, sort_keys=True)})
+
+
+def read_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Reads what `to_bytes` made.
+
+    Raises:
+        StateError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            facts = json.loads((opened.metadata() or {})["fedveil"])
+            return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StateError(f"{path}: holds no model of ours ({error})") from None

@@ -1,0 +1,232 @@
+"""The conditional variational autoencoder (Kingma and Welling 2014; Sohn et al. 2015).
+
+A convolutional encoder and decoder for images, one hidden layer each for tables; no BatchNorm. The
+label conditions both halves, and its distribution is learnt with the rest, under the same clipping,
+so that labels can be sampled without looking at the data.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ..config import VaeOptions
+from ..data_prep.schema import ImageSchema, Schema, TableSchema
+from .family import Batch, Family
+from .layers import Constant
+
+_MAX_LOG_VARIANCE = 8.0
+_PRIOR_GAIN = 10.0
+_SPREAD_GAIN = 3.0
+
+
+class Vae(nn.Module):
+    """p(y) p(z) p(x | z, y), with q(z | x, y) a diagonal Gaussian."""
+
+    def __init__(self, options: VaeOptions, schema: Schema) -> None:
+        super().__init__()
+        self.options, self.schema = options, schema
+        self.classes = len(schema.classes)
+        self.prior = Constant(self.classes, _PRIOR_GAIN) if self.classes else None
+        self.spread: Constant | None = None
+        self.encoder, self.decoder, features = (
+            _conv_halves(options, schema, self.classes)
+            if isinstance(schema, ImageSchema)
+            else _dense_halves(options, schema, self.classes)
+        )
+        self.posterior = nn.Linear(features, 2 * options.latent)
+        if isinstance(schema, TableSchema) and options.reconstruction == "mse":
+            self.spread = Constant(schema.width, _SPREAD_GAIN)
+
+    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """X [B, ...], y [B, classes] one-hot -> mean and log variance of z, [B, latent] each."""
+        features = self.encoder(torch.cat([2 * x.flatten(1) - 1, y], dim=1))
+        mean, log_variance = self.posterior(features).chunk(2, dim=1)
+        return mean, log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """Z [B, latent], y [B, classes] one-hot -> logits of x, [B, ...]."""
+        logits: Tensor = self.decoder(torch.cat([z, y], dim=1))
+        return logits
+
+
+class _Split(nn.Module):
+    """Runs images through convolutions and appends the label: flat [B, pixels + classes] in."""
+
+    def __init__(self, convolutions: nn.Module, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.convolutions, self.shape = convolutions, shape
+
+    def forward(self, flat: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        pixels, label = flat.tensor_split([channels * height * width], dim=1)
+        features = self.convolutions(pixels.view(-1, *self.shape)).flatten(1)
+        return torch.cat([features, label], dim=1)
+
+
+def _conv_halves(
+    options: VaeOptions, schema: ImageSchema, classes: int
+) -> tuple[nn.Module, nn.Module, int]:
+    shape = (schema.channels, schema.height, schema.width)
+    inner = (2 * options.width, schema.height // 4, schema.width // 4)
+    flat = inner[0] * inner[1] * inner[2]
+    encoder = nn.Sequential(
+        nn.Conv2d(schema.channels, options.width, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(options.width, 2 * options.width, 3, stride=2, padding=1),
+        nn.SiLU(),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(options.latent + classes, flat),
+        nn.SiLU(),
+        nn.Unflatten(1, inner),
+        nn.ConvTranspose2d(2 * options.width, options.width, 4, stride=2, padding=1),
+        nn.SiLU(),
+        nn.ConvTranspose2d(options.width, schema.channels, 4, stride=2, padding=1),
+    )
+    return _Split(encoder, shape), decoder, flat + classes
+
+
+def _dense_halves(
+    options: VaeOptions, schema: TableSchema, classes: int
+) -> tuple[nn.Module, nn.Module, int]:
+    encoder = nn.Sequential(nn.Linear(schema.width + classes, options.hidden), nn.SiLU())
+    decoder = nn.Sequential(
+        nn.Linear(options.latent + classes, options.hidden),
+        nn.SiLU(),
+        nn.Linear(options.hidden, schema.width),
+    )
+    return encoder, decoder, options.hidden
+
+
+def build(options: VaeOptions, schema: Schema) -> Vae:
+    """The module for a schema."""
+    return Vae(options, schema)
+
+
+def example_losses(module: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """[B] negative evidence lower bounds, one draw of z each, the KL term weighted by beta."""
+    vae = _vae(module)
+    y = _one_hot(vae, batch.y)
+    mean, log_variance = vae.encode(batch.x, y)
+    noise = torch.randn(mean.shape, generator=generator)
+    z = mean + noise * (log_variance / 2).exp()
+    return _negative_elbo(vae, batch, y, z, mean, log_variance)
+
+
+@torch.no_grad()
+def scores(module: nn.Module, batch: Batch) -> Tensor:
+    """[B] evidence lower bounds at the posterior's mean."""
+    vae = _vae(module)
+    y = _one_hot(vae, batch.y)
+    mean, log_variance = vae.encode(batch.x, y)
+    return -_negative_elbo(vae, batch, y, mean, mean, log_variance)
+
+
+@torch.no_grad()
+def sample(
+    module: nn.Module, n: int, generator: torch.Generator, labels: Tensor | None = None
+) -> Batch:
+    """N synthetic records; labels [n] are drawn from the learnt prior where they are not given."""
+    vae = _vae(module)
+    if labels is None:
+        labels = torch.zeros(n, dtype=torch.int64)
+        if vae.prior is not None:
+            share = vae.prior(torch.zeros(1, 1))[0].softmax(dim=0)
+            labels = torch.multinomial(share, n, replacement=True, generator=generator)
+    z = torch.randn(n, vae.options.latent, generator=generator)
+    logits = vae.decode(z, _one_hot(vae, labels))
+    if isinstance(vae.schema, ImageSchema):
+        return Batch(logits.sigmoid(), labels)
+    return Batch(_sample_table(vae, logits, generator), labels)
+
+
+def _negative_elbo(
+    vae: Vae, batch: Batch, y: Tensor, z: Tensor, mean: Tensor, log_variance: Tensor
+) -> Tensor:
+    logits = vae.decode(z, y)
+    if isinstance(vae.schema, ImageSchema):
+        loss = _pixel_loss(logits, batch.x, vae.options).flatten(1).sum(dim=1)
+    else:
+        loss = _table_loss(vae, logits, batch.x)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
+    loss = loss + vae.options.beta * kl
+    if vae.prior is not None:
+        loss = loss + F.cross_entropy(vae.prior(batch.x), batch.y, reduction="none")
+    return loss
+
+
+def _pixel_loss(logits: Tensor, x: Tensor, options: VaeOptions) -> Tensor:
+    if options.reconstruction == "bce":
+        return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    return (logits.sigmoid() - x).square()
+
+
+def _table_loss(vae: Vae, logits: Tensor, x: Tensor) -> Tensor:
+    """[B] sums over columns: cross-entropy of levels, the numeric loss of present numbers."""
+    total = logits.new_zeros(len(logits))
+    spread = vae.spread(x) if vae.spread is not None else None
+    for block in _table(vae).blocks:
+        span = slice(block.start, block.stop)
+        if block.column.kind == "categorical":
+            total = total - (x[:, span] * logits[:, span].log_softmax(dim=1)).sum(dim=1)
+            continue
+        value, start = x[:, block.start], block.start
+        if spread is None:
+            loss = F.binary_cross_entropy_with_logits(logits[:, start], value, reduction="none")
+        else:
+            log_scale = _log_scale(spread[:, start])
+            error = (logits[:, start].sigmoid() - value) * (-log_scale).exp()
+            loss = 0.5 * error.square() + log_scale
+        if block.column.nullable:
+            present = x[:, start + 1]
+            loss = loss * present + F.binary_cross_entropy_with_logits(
+                logits[:, start + 1], present, reduction="none"
+            )
+        total = total + loss
+    return total
+
+
+def _sample_table(vae: Vae, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws every column given z: a level by its probability, a number around its mean."""
+    x = torch.zeros_like(logits)
+    spread = vae.spread(logits) if vae.spread is not None else None
+    for block in _table(vae).blocks:
+        span, start = slice(block.start, block.stop), block.start
+        if block.column.kind == "categorical":
+            drawn = torch.multinomial(logits[:, span].softmax(dim=1), 1, generator=generator)
+            x[:, span] = x[:, span].scatter(1, drawn, 1.0)
+            continue
+        x[:, start] = logits[:, start].sigmoid()
+        if spread is not None:
+            noise = torch.randn(len(x), generator=generator)
+            x[:, start] = (x[:, start] + noise * _log_scale(spread[:, start]).exp()).clamp(0, 1)
+        if block.column.nullable:
+            coin = torch.rand(len(x), generator=generator)
+            x[:, start + 1] = (coin < logits[:, start + 1].sigmoid()).float()
+    return x
+
+
+def _log_scale(spread: Tensor) -> Tensor:
+    """Of a numeric column: between e^-4 and 1 of its range, e^-1.5 at the start."""
+    return (spread - 1.5).clamp(-4, 0)
+
+
+def _one_hot(vae: Vae, labels: Tensor) -> Tensor:
+    if not vae.classes:
+        return torch.zeros(len(labels), 0)
+    return F.one_hot(labels, vae.classes).float()
+
+
+def _vae(module: nn.Module) -> Vae:
+    if not isinstance(module, Vae):
+        raise TypeError(f"{type(module).__name__}: is no Vae")
+    return module
+
+
+def _table(vae: Vae) -> TableSchema:
+    if not isinstance(vae.schema, TableSchema):
+        raise TypeError("schema: is for no table")
+    return vae.schema
+
+
+FAMILY = Family(build=build, example_losses=example_losses, sample=sample, scores=scores)

@@ -1,0 +1,60 @@
+"""Where noise is added. One row a mechanism; each is two hooks of one shape."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import MechanismName
+from .noise import Coins
+from .plan import Plan
+
+Arrays = dict[str, np.ndarray]
+Hook = Callable[[Mapping[str, np.ndarray], Plan, Coins], Arrays]
+
+
+def add_noise(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arrays:
+    """Adds the plan's Gaussian noise to a clipped sum.
+
+    Formal guarantee: with a sum of L2 sensitivity `plan.clipping_norm` over a Poisson sample of
+    rate `plan.sampling_rate`, the result is one of the releases that the plan is priced for.
+
+    Raises:
+        ValueError: The plan has no noise, or the sum is not finite.
+    """
+    scale = plan.noise_multiplier * plan.clipping_norm
+    if not (0 < scale < math.inf):
+        raise ValueError(f"noise of standard deviation {scale}: must be > 0 and finite")
+    if not all(np.isfinite(array).all() for array in total.values()):
+        raise ValueError("sum: is not finite; it must be clipped before noise is added")
+    return {
+        name: array.astype(np.float32) + coins.gaussian(array.shape, scale)
+        for name, array in total.items()
+    }
+
+
+def add_nothing(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arrays:
+    """The hook of whoever adds no noise."""
+    del plan, coins
+    return dict(total)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Two hooks on a clipped gradient sum.
+
+    Attributes:
+        at_site: What a site does to its own sum before it leaves.
+        at_server: What the server does to the sum over all sites before it is used.
+    """
+
+    at_site: Hook
+    at_server: Hook
+
+
+MECHANISMS: Mapping[MechanismName, Mechanism] = {
+    "central": Mechanism(at_site=add_nothing, at_server=add_noise),
+    "local": Mechanism(at_site=add_noise, at_server=add_nothing),
+    "none": Mechanism(at_site=add_nothing, at_server=add_nothing),
+}

@@ -1,0 +1,123 @@
+"""Documentation that is made from the configuration models: README tables and `fedveil init`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from .config import COMPATIBILITY, RunConfig
+
+START = "<!-- made by `make reference` from config.py -->"
+END = "<!-- end of what `make reference` makes -->"
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    name: field.annotation
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type)
+}
+
+
+def markdown() -> str:
+    """The reference of all options, and what goes with what, as Markdown tables."""
+    lines = ["| option | values | default | what it is |", "| --- | --- | --- | --- |"]
+    for section, name, field in _options():
+        default = _shown(field)
+        lines.append(f"| `{section}.{name}` | {_values(field)} | {default} | {field.description} |")
+    lines += [
+        "",
+        "| `privacy.mechanism` | protects against | `aggregation.strategy` | `privacy.unit` |",
+        "| --- | --- | --- | --- |",
+    ]
+    for mechanism, allowed in COMPATIBILITY.items():
+        strategies = ", ".join(f"`{s}`" for s in allowed.strategies)
+        units = ", ".join(f"`{u}`" for u in allowed.units)
+        lines.append(f"| `{mechanism}` | {allowed.against} | {strategies} | {units} |")
+    return "\n".join(lines)
+
+
+def template() -> str:
+    """A commented configuration to start from: every option with its default."""
+    lines = ["# A Fedveil run. Every line that starts with # shows an option's default."]
+    section = ""
+    for owner, name, field in _options():
+        if owner != section:
+            section = owner
+            lines += ["", f"[{owner}]"]
+        lines.append(f"# {_plain(field.description or '')}")
+        if field.is_required():
+            example = "sklearn:digits" if name == "source" else "vae"
+            lines.append(f"{name} = {json.dumps(example)}")
+        else:
+            value = "" if field.default is None else _toml(field.default)
+            lines.append(f"# {name} = {value}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def updated(readme: str) -> str:
+    """The README with the reference in place.
+
+    Raises:
+        ValueError: It has no place for it.
+    """
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"README: needs the lines {START} and {END}")
+    return f"{before}{START}\n{markdown()}\n{END}{after}"
+
+
+def _options() -> Iterator[tuple[str, str, FieldInfo]]:
+    for section, model in _SECTIONS.items():
+        for name, field in model.model_fields.items():
+            yield section, field.alias or name, field
+
+
+def _values(field: FieldInfo) -> str:
+    choices = _choices(field.annotation)
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    kinds = {a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)}
+    names = {int: "integer", float: "number", str: "text", bool: "true, false"}
+    bounds = [
+        f"{sign} {getattr(rule, attribute):g}"
+        for rule in _rules(field)
+        for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if getattr(rule, attribute, None) is not None
+    ]
+    kind = next((text for known, text in names.items() if known in kinds), "number")
+    return " ".join([kind, ", ".join(bounds)]).strip()
+
+
+def _choices(annotation: Any) -> list[str]:  # noqa: ANN401
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _rules(field: FieldInfo) -> list[Any]:
+    nested = [m for part in get_args(field.annotation) for m in getattr(part, "__metadata__", ())]
+    inner = [rule for meta in nested for rule in getattr(meta, "metadata", [meta])]
+    return [*field.metadata, *inner]
+
+
+def _shown(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "derived" if field.default is None else f"`{_toml(field.default)}`"
+
+
+def _toml(value: Any) -> str:  # noqa: ANN401
+    return json.dumps(value)
+
+
+def _plain(text: str) -> str:
+    return text.replace("`", "")
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

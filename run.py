@@ -1,0 +1,210 @@
+"""The Python API: simulate a federation, load a finished run, sample from it."""
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import (
+    ConfigError,
+    FedveilError,
+    RunConfig,
+    load_config,
+    override,
+    read_toml,
+    validated,
+)
+from .data_prep import Encoded, modality, run_schema
+from .data_prep.schema import ImageSchema, Schema, schema_from_json
+from .server.store import Event, RunFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    from torch import nn
+
+    from .server.rounds import Observer
+
+
+def simulate(
+    config: RunConfig | Path | str,
+    *,
+    out: Path | str | None = None,
+    observe: "Observer | None" = None,
+    **overrides: Mapping[str, Any],
+) -> "Run":
+    """Simulates a federation on this machine.
+
+    Args:
+        config: A configuration, or the path of one.
+        out: The run folder, new or empty. Default: `runs/NAME-TIME`.
+        observe: Sees every event of the run as it happens.
+        overrides: Options that win, by section: `privacy={"epsilon": 3.0}`.
+
+    Returns:
+        The finished run, with samples of its model in its folder.
+
+    Raises:
+        ConfigError: The configuration, the data or the folder is unusable. Nothing has run.
+        FedveilError: The run failed; its folder says why.
+    """
+    from .server.app import ignore
+    from .server.simulation import load_shards, run_local
+
+    resolved, schema = resolve(config, overrides)
+    shards = load_shards(resolved, schema)
+    path = Path(out) if out is not None else default_folder(resolved.federation.name)
+    RunFolder(path).create()
+    run_local(resolved, schema, shards, path, observe or ignore)
+    run = Run(path)
+    run.write_samples()
+    return run
+
+
+def resolve(
+    config: RunConfig | Path | str, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[RunConfig, Schema]:
+    """The configuration in force and its schema.
+
+    Raises:
+        ConfigError: They are unusable.
+    """
+    settings = {
+        f"{section}.{key}": value
+        for section, options in (overrides or {}).items()
+        for key, value in options.items()
+    }
+    if not isinstance(config, RunConfig):
+        config = load_config(config, settings)
+    elif settings:
+        config = override(config.model_dump(by_alias=True), settings)
+    return config.resolved(), run_schema(config)
+
+
+def load(path: Path | str) -> "Run":
+    """Opens a finished run.
+
+    Raises:
+        FedveilError: The folder holds none.
+    """
+    run = Run(Path(path))
+    _ = run.metrics
+    return run
+
+
+def default_folder(name: str) -> Path:
+    """A new folder below `runs/`."""
+    return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: Its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._folder = RunFolder(path)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        return validated(RunConfig, read_toml(self.path / "config.toml"))
+
+    @cached_property
+    def schema(self) -> Schema:
+        """What a record is."""
+        return schema_from_json((self.path / "schema.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return self._folder.read_json("metrics.json")
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """What was promised and spent, against whom, by which accountant."""
+        found: dict[str, Any] = self.metrics["privacy"]
+        return found
+
+    def events(self) -> Iterator[Event]:
+        """The lines of `events.jsonl`."""
+        return self._folder.events()
+
+    def provenance(self) -> dict[str, Any]:
+        """What every synthetic file carries: it is synthetic, of which run, at what cost."""
+        kept = ("unit", "mechanism", "against", "epsilon", "delta")
+        return {
+            "synthetic": True,
+            "generator": f"fedveil {self.metrics['family']}",
+            "run_id": self.metrics["run_id"],
+            **{key: self.privacy[key] for key in kept},
+        }
+
+    def sample(
+        self, n: int, seed: int | None = None, labels: Sequence[int] | None = None
+    ) -> "pl.DataFrame | np.ndarray":
+        """Draws synthetic records: post-processing, free of any privacy cost.
+
+        Args:
+            n: How many.
+            seed: For equal draws; fresh ones without.
+            labels: [n] class indices; drawn from the model where they are not given.
+
+        Returns:
+            A polars frame, or an array [n, height, width] or [n, height, width, 3] of uint8.
+
+        Raises:
+            FedveilError: n is below 1, a label is out of range or the model cannot be read.
+        """
+        records = self.sample_records(n, seed, labels)
+        found: pl.DataFrame | np.ndarray = (
+            records.arrays() if isinstance(self.schema, ImageSchema) else records
+        )
+        return found
+
+    def sample_records(
+        self, n: int, seed: int | None = None, labels: Sequence[int] | None = None
+    ) -> Any:  # noqa: ANN401
+        """As `sample`, but images come as `Images`, with their labels."""
+        import torch
+
+        from .models import family
+
+        if n < 1:
+            raise ConfigError(f"n = {n}: must be at least 1")
+        wanted = None if labels is None else torch.tensor(self._checked(n, labels))
+        generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        batch = family(self.config.model.family).sample(self._module, n, generator, wanted)
+        encoded = Encoded(batch.x.numpy(), batch.y.numpy())
+        return modality(self.schema).decode(encoded, self.schema)
+
+    def write_samples(self) -> None:
+        """Writes `samples.*` into the run folder: a picture, and for tables the records too."""
+        from .export import GRID_SAMPLES, TABLE_SAMPLES, write
+
+        if self.schema.modality == "table":
+            write(self, TABLE_SAMPLES, self.path / "samples.csv")
+        write(self, GRID_SAMPLES, self.path / "samples.png")
+
+    @cached_property
+    def _module(self) -> "nn.Module":
+        from .models import family
+        from .models.state import load_arrays, read_file
+
+        module = family(self.config.model.family).build(self.config.model, self.schema)
+        arrays, facts = read_file(self.path / "model.safetensors")
+        if facts.get("run_id") != self.metrics["run_id"]:
+            raise FedveilError(f"{self.path}: model.safetensors is of another run")
+        load_arrays(module, arrays)
+        return module
+
+    def _checked(self, n: int, labels: Sequence[int]) -> list[int]:
+        classes = len(self.schema.classes)
+        if len(labels) != n or not all(0 <= label < max(classes, 1) for label in labels):
+            raise ConfigError(f"labels: must be {n} class indices from 0 to {max(classes, 1) - 1}")
+        return list(labels)

@@ -1,0 +1,220 @@
+"""A federation in one process: real apps, real messages, only the transport is ours."""
+
+import copy
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..client.app import client_app
+from ..client.site import Site
+from ..config import RunConfig
+from ..data_prep import modality
+from ..data_prep.clean import CleaningReport
+from ..data_prep.partition import share_out
+from ..data_prep.schema import Schema, schema_to_json
+from ..flower import (
+    ClientApp,
+    Context,
+    Error,
+    FlowerRun,
+    Grid,
+    Message,
+    RecordDict,
+    empty_run,
+    set_identity,
+    set_message_id,
+)
+from ..privacy.noise import Coins
+from .app import server_app
+from .rounds import Observer
+from .store import RunFolder
+
+_SERVER_NODE = 0
+_CLIENT_APP_RAISED = 2
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A simulation's raw records, shared out.
+
+    Attributes:
+        parts: One site's raw records each.
+        report: What cleaning does to all of them; a simulation may look at it, a federation not.
+    """
+
+    parts: tuple[Any, ...]
+    report: CleaningReport
+
+
+def load_shards(config: RunConfig, schema: Schema) -> Shards:
+    """Reads the source, checks that it is usable at all, and shares it out.
+
+    Raises:
+        DataError: The data cannot be used.
+        ConfigError: They cannot be shared out so.
+    """
+    kind, data = modality(schema), config.data
+    raw = kind.read(data.source, schema)
+    # Cleaning is record-wise: the whole may be checked here, and each part cleaned at its site.
+    _, report = kind.clean(raw, schema, config.clean)
+
+    def column(name: str | None, *, wanted: bool) -> list[str]:
+        return kind.values(raw, schema, name) if wanted and name is not None else []
+
+    parts = share_out(
+        data,
+        config.federation.sites,
+        report.records,
+        np.random.default_rng(config.federation.seed),
+        persons=column(schema.person, wanted=True),
+        labels=column(schema.label, wanted=data.partition == "dirichlet"),
+        column=column(data.column, wanted=True),
+    )
+    return Shards(tuple(kind.take(raw, rows) for rows in parts), report)
+
+
+def run_local(
+    config: RunConfig, schema: Schema, shards: Shards, folder: Path, observe: Observer
+) -> None:
+    """Runs a federation on threads of this process.
+
+    Args:
+        config: The resolved configuration.
+        schema: What a record is.
+        shards: The sites' raw records.
+        folder: The run folder, which exists; each simulated site has a folder in it.
+        observe: Sees every event.
+    """
+    number = secrets.randbits(62)
+    run_id = f"{number:016x}"
+    sites = {
+        node: simulated_site(node, raw, folder) for node, raw in enumerate(shards.parts, start=1)
+    }
+    app = client_app(lambda context: sites[context.node_id])
+    values = {
+        "config": config.model_dump_json(by_alias=True),
+        "schema": schema_to_json(schema),
+        "run-id": run_id,
+        "folder": str(folder),
+    }
+    RunFolder(folder).describe(config, schema)
+    with _site_log(folder / "sites" / "site.log"), local_grid(app, list(sites), number) as grid:
+        context = Context(number, _SERVER_NODE, {}, RecordDict(), {**values})
+        server_app(observe)(grid, context)
+
+
+def simulated_site(node: int, raw: Any, folder: Path) -> Site:  # noqa: ANN401
+    """A site with fresh secrets.
+
+    Its split key stands in the run folder, as everything of a simulated site does: a simulation
+    protects nobody from the one who runs it.
+    """
+    own = folder / "sites" / f"site-{node:03d}"
+    own.mkdir(parents=True)
+    key = secrets.token_bytes(32)
+    file = own / "SIMULATED-split.key"
+    file.touch(mode=0o600)
+    file.write_text(key.hex() + "\n", encoding="utf-8")
+    return Site(own.name, lambda: raw, key, Coins.from_system(), own)
+
+
+@contextmanager
+def _site_log(path: Path) -> Iterator[None]:
+    """Keeps what the simulated sites log for themselves; nothing of it reaches the server."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger = logging.getLogger(Site.__module__.rpartition(".")[0])
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def local_grid(app: ClientApp, nodes: list[int], run_number: int) -> Iterator["LocalGrid"]:
+    """A grid of threads, min(cores, sites) of them, each with one torch thread."""
+    workers = min(len(os.sched_getaffinity(0)), len(nodes))
+    set_identity(run_number, _SERVER_NODE)
+    pool = ThreadPoolExecutor(workers, "site", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield LocalGrid(app, nodes, run_number, pool)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class LocalGrid(Grid):
+    """Flower's public `Grid` over a `ClientApp` in this process."""
+
+    def __init__(
+        self, app: ClientApp, nodes: list[int], run_number: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self._app, self._pool = app, pool
+        self._contexts = {node: Context(run_number, node, {}, RecordDict(), {}) for node in nodes}
+        self._run = empty_run(run_number)
+        self._pending: dict[str, Future[Message]] = {}
+
+    def set_run(self, run: FlowerRun) -> None:
+        """See `Grid`."""
+        self._run = run
+
+    @property
+    def run(self) -> FlowerRun:
+        """See `Grid`."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `Grid`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `Grid`."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `Grid`."""
+        pushed = []
+        for message in messages:
+            message_id = secrets.token_hex(8)
+            set_message_id(message, message_id)
+            self._pending[message_id] = self._pool.submit(self._serve, message)
+            pushed.append(message_id)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See `Grid`."""
+        done = [i for i in message_ids if i in self._pending and self._pending[i].done()]
+        return [self._pending.pop(message_id).result() for message_id in done]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """See `Grid`."""
+        pushed = list(self.push_messages(messages))
+        wait([self._pending[message_id] for message_id in pushed], timeout)
+        return self.pull_messages(pushed)
+
+    def _serve(self, message: Message) -> Message:
+        # A site gets a copy, as over a network: nothing it does may reach another's message.
+        received = copy.deepcopy(message)
+        try:
+            return self._app(received, self._contexts[message.metadata.dst_node_id])
+        except Exception:  # noqa: BLE001  what a site raised is not for the server to read
+            return Message(Error(_CLIENT_APP_RAISED, ""), reply_to=received)

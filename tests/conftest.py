@@ -1,0 +1,66 @@
+"""What all tests share: small configurations, fixed coins, a finished run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+import fedveil
+from fedveil.config import RunConfig
+from fedveil.privacy.noise import Coins
+
+settings.register_profile("fedveil", deadline=None, max_examples=40)
+settings.load_profile("fedveil")
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def make_config(**sections: dict[str, Any]) -> RunConfig:
+    """A small run on digits; each keyword is a section whose options win."""
+    raw: dict[str, Any] = {
+        "federation": {"sites": 3, "rounds": 2},
+        "data": {"source": "sklearn:digits"},
+        "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
+        "privacy": {"epsilon": 8.0},
+    }
+    for section, options in sections.items():
+        raw.setdefault(section, {}).update(options)
+    return RunConfig.model_validate(raw)
+
+
+@pytest.fixture(name="make_config")
+def _make_config() -> MakeConfig:
+    return make_config
+
+
+@pytest.fixture
+def coins() -> Coins:
+    """Fixed coins: a statistical test on them gives the same answer every time."""
+    return Coins(bytes(range(32)))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> fedveil.Run:
+    """A finished run on digits, two rounds long."""
+    return fedveil.simulate(make_config(), out=tmp_path_factory.mktemp("runs") / "digits")
+
+
+@pytest.fixture(scope="session")
+def finished_table_run(tmp_path_factory: pytest.TempPathFactory) -> fedveil.Run:
+    """A finished run on breast cancer, two rounds long."""
+    config = make_config(data={"source": "sklearn:breast_cancer"})
+    return fedveil.simulate(config, out=tmp_path_factory.mktemp("runs") / "table")
+
+
+@pytest.fixture
+def write_file(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Writes a text file below the test's own folder."""
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
