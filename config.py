@@ -8,7 +8,7 @@ and `RunConfig.resolved` writes the derived values in.
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -65,8 +65,9 @@ class Data(Options):
     """Where the records come from and how they are shared out."""
 
     source: str = Field(
+        min_length=1,
         description="A CSV or Parquet file, an npz, a folder of images by class, "
-        "`sklearn:digits` or `sklearn:breast_cancer`. Relative to this file."
+        "`sklearn:digits` or `sklearn:breast_cancer`. Relative to this file.",
     )
     schema_file: str | None = Field(
         None,
@@ -82,8 +83,11 @@ class Data(Options):
     partition: Literal["iid", "dirichlet", "column"] = Field(
         "iid", description="How a simulation shares the records out to its sites."
     )
-    alpha: Positive = Field(
-        0.5, description="Dirichlet concentration of the label skew; small is more skewed."
+    alpha: float = Field(
+        0.5,
+        gt=0,
+        le=1e6,
+        description="Dirichlet concentration of the label skew; small is more skewed.",
     )
     column: str | None = Field(
         None, description='The column that decides the site (`partition = "column"`).'
@@ -125,11 +129,13 @@ class VaeOptions(Options):
 
     family: Literal["vae"] = Field(description="The kind of generator.")
     latent: Count = Field(8, description="Size of the latent code.")
-    width: Count = Field(16, description="Channels of the first convolution (images).")
+    width: Count = Field(8, description="Channels of the first convolution (images).")
     hidden: Count = Field(96, description="Hidden units a layer (tables).")
     beta: Positive = Field(1.0, description="Weight of the KL term.")
-    reconstruction: Literal["bce", "mse"] = Field(
-        "bce", description="Loss of pixels and numeric columns."
+    reconstruction: Literal["bce", "mse"] | None = Field(
+        None,
+        description="Loss of pixels and numbers. Default: `bce` for images; for tables `mse`, with "
+        "a spread learnt for each column.",
     )
 
 
@@ -371,9 +377,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or "." not in key:
         raise ConfigError(f"--set {text}: must be section.key=value, such as privacy.epsilon=3")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+        parsed = {}
+    return key.strip(), parsed["value"] if parsed.keys() == {"value"} else value.strip()
 
 
 def validated(model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
@@ -409,6 +416,10 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
     match first["type"]:
         case "value_error":
             line = str(context["error"])
+        case "string_pattern_mismatch":
+            line = f"{field} = {value}: must match {context['pattern']}"
+        case "model_type":
+            line = f"{field} = {value}: must be a section, [{field}]"
         case "extra_forbidden":
             line = f"{field}: unknown key{_did_you_mean(model, first['loc'])}"
         case "missing":
@@ -434,20 +445,20 @@ _BOUNDS = {
 
 
 def _did_you_mean(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    owner: Any = model
+    owner = model
     for part in location[:-1]:
-        owner = _inner_model(owner, str(part)) or owner
+        if isinstance(part, str):  # a number counts within a list of sections
+            fields = {field.alias or name: field for name, field in owner.model_fields.items()}
+            owner = next(_models_in(fields[part].annotation), owner) if part in fields else owner
     names = [field.alias or name for name, field in owner.model_fields.items()]
     return _nearest(str(location[-1]), names)
 
 
-def _inner_model(owner: type[BaseModel], part: str) -> type[BaseModel] | None:
-    field = owner.model_fields.get(part)
-    if field is None:
-        return None
-    candidates = [field.annotation, *get_args(field.annotation)]
-    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-    return models[0] if models else None
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:  # noqa: ANN401
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def _nearest(word: str, choices: list[str]) -> str:

@@ -80,7 +80,7 @@ def _values(field: FieldInfo) -> str:
     choices = _choices(field.annotation)
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
-    kinds = {a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)}
+    kinds = set(_kinds(field.annotation))
     names = {int: "integer", float: "number", str: "text", bool: "true, false"}
     bounds = [
         f"{sign} {getattr(rule, attribute):g}"
@@ -96,6 +96,13 @@ def _choices(annotation: Any) -> list[str]:  # noqa: ANN401
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
     return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _kinds(annotation: Any) -> Iterator[type]:  # noqa: ANN401
+    if isinstance(annotation, type):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def _rules(field: FieldInfo) -> list[Any]:

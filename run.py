@@ -50,11 +50,13 @@ def simulate(
         ConfigError: The configuration, the data or the folder is unusable. Nothing has run.
         FedveilError: The run failed; its folder says why.
     """
+    from .privacy.plan import plan
     from .server.app import ignore
     from .server.simulation import load_shards, run_local
 
     resolved, schema = resolve(config, overrides)
     shards = load_shards(resolved, schema)
+    plan(resolved)  # a budget that cannot be reached is refused before anything is written
     path = Path(out) if out is not None else default_folder(resolved.federation.name)
     RunFolder(path).create()
     run_local(resolved, schema, shards, path, observe or ignore)

@@ -64,7 +64,7 @@ def clean(
     reports: dict[str, ColumnReport] = {}
     keep = pl.Series([True]).new_from_index(0, frame.height)
     for column in schema.columns:
-        text = _trimmed(frame[column.name], schema.missing)
+        text = trimmed(frame[column.name], schema.missing)
         values, dropped, report = (
             _categories(text, column, rules)
             if column.kind == "categorical"
@@ -77,7 +77,7 @@ def clean(
         columns.append(values)
         reports[column.name] = report
     if schema.person is not None:
-        person = _trimmed(frame[schema.person], schema.missing)
+        person = trimmed(frame[schema.person], schema.missing)
         keep &= person.is_not_null()
         columns.append(person)
     cleaned = pl.DataFrame(columns).filter(keep)
@@ -89,9 +89,21 @@ def clean(
     return cleaned, CleaningReport(frame.height, cleaned.height, reports)
 
 
-def _trimmed(text: pl.Series, missing: tuple[str, ...]) -> pl.Series:
+def trimmed(text: pl.Series, missing: tuple[str, ...]) -> pl.Series:
+    """Values without blanks around them, `None` for missing markers."""
     text = text.cast(pl.String).str.strip_chars()
     return text.set(text.is_in(list(missing)), None)
+
+
+def bounds(column: Column) -> tuple[float, float]:
+    """A number's declared bounds.
+
+    Raises:
+        DataError: It has none; a checked schema has.
+    """
+    if column.bounds is None:
+        raise DataError(f'column "{column.name}": bounds: missing')
+    return column.bounds
 
 
 def _categories(
@@ -106,10 +118,8 @@ def _categories(
 def _numbers(
     text: pl.Series, column: Column, rules: Clean
 ) -> tuple[pl.Series, pl.Series, ColumnReport]:
-    if column.bounds is None:  # the schema has checked it
-        raise DataError(f'column "{column.name}": bounds: missing')
-    low, high = column.bounds
-    values = text.cast(pl.Float64, strict=False)
+    low, high = bounds(column)
+    values = text.cast(pl.Float64, strict=False) + 0.0  # so that -0 is 0, in hashes too
     usable = _filled(values.is_finite())
     if column.kind == "integer":
         usable &= _filled(values == values.round())

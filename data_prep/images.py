@@ -1,6 +1,7 @@
 """Images: an npz file, a folder of PNG and JPEG files by class, or scikit-learn's digits."""
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from .clean import CleaningReport, ColumnReport, DataError
 from .modality import Encoded, Modality
 from .schema import ImageSchema, Schema
 
+# What numpy and zipfile raise on damaged, encrypted or foreign archives.
+_NPZ_ERRORS = (
+    OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError,
+    RuntimeError, MemoryError,
+)  # fmt: skip
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
@@ -55,7 +61,8 @@ def clean(raw: Images, schema: Schema, rules: Clean) -> tuple[Images, CleaningRe
     """Drops, one by one, images of a wrong shape and images of an undeclared class."""
     del rules  # images have no value to mend
     schema = _image(schema)
-    known = np.isin(raw.labels, schema.classes) if schema.classes else raw.usable
+    labels = raw.labels
+    known = np.isin(labels, schema.classes) if schema.classes else np.ones(len(labels), dtype=bool)
     kept = take(raw, np.flatnonzero(raw.usable & known))
     report = CleaningReport(
         records=len(raw.pixels),
@@ -125,33 +132,39 @@ def _digits() -> Images:
 
 
 def _read_npz(path: Path, schema: ImageSchema) -> Images:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            absent = [
-                k for k in (schema.images, schema.label and schema.labels) if k and k not in arrays
-            ]
-            if absent:
-                raise DataError(
-                    f'data.source = {path}: has no array "{absent[0]}"; it has '
-                    f"{', '.join(arrays.files)}"
-                )
-            pixels = arrays[schema.images]
-            labels = arrays[schema.labels] if schema.classes else np.zeros(len(pixels), dtype=int)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"data.source = {path}: cannot be read: {error}") from None
+    wanted = [schema.images, schema.labels] if schema.classes else [schema.images]
+    arrays = _npz_arrays(path, wanted)
+    pixels = arrays[schema.images]
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
     shape = (schema.height, schema.width, schema.channels)
-    if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
+    if pixels.ndim != 4 or pixels.shape[1:] != shape or pixels.dtype != np.uint8:
         raise DataError(
             f"data.source = {path}: images are {pixels.shape[1:]} {pixels.dtype}: the schema "
             f"declares {shape} uint8"
         )
+    labels = arrays[schema.labels] if schema.classes else np.zeros(len(pixels), dtype=int)
     if labels.shape != (len(pixels),):
         raise DataError(
             f"data.source = {path}: {schema.labels} has shape {labels.shape}: must be one label "
             f"for each of {len(pixels)} images"
         )
     return Images(pixels, _class_names(labels, schema), np.ones(len(pixels), dtype=bool))
+
+
+def _npz_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"data.source = {path}: is a single array, no .npz archive")
+            if absent := [name for name in names if name not in archive.files]:
+                raise DataError(
+                    f'data.source = {path}: has no array "{absent[0]}"; it has '
+                    f"{', '.join(archive.files)}"
+                )
+            return {name: archive[name] for name in names}
+    except _NPZ_ERRORS as error:
+        raise DataError(f"data.source = {path}: cannot be read: {error}") from None
 
 
 def _class_names(labels: np.ndarray, schema: ImageSchema) -> np.ndarray:

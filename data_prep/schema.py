@@ -40,11 +40,15 @@ class Column(Options):
                 raise ValueError(f"{where}: categories: needs at least two, each named once")
             if unknown := sorted(set(self.aliases.values()) - set(self.categories)):
                 raise ValueError(f"{where}: aliases: {unknown[0]!r} is no declared category")
+            if padded := next((c for c in self.categories if c != c.strip()), None):
+                raise ValueError(f"{where}: categories: {padded!r} has blanks around it")
             if self.bounds or self.transform != "none":
                 raise ValueError(f"{where}: bounds and transform are for numbers")
         else:
             if self.bounds is None or self.bounds[0] >= self.bounds[1]:
                 raise ValueError(f"{where}: bounds: declare [low, high] with low < high")
+            if self.kind == "integer" and not all(b.is_integer() for b in self.bounds):
+                raise ValueError(f"{where}: bounds: must be whole, for the column is")
             if self.categories or self.aliases:
                 raise ValueError(f"{where}: categories and aliases are for categorical columns")
             if self.transform == "log1p" and self.bounds[0] < 0:
@@ -86,6 +90,11 @@ class TableSchema(Options):
         names = [column.name for column in self.columns]
         if twice := repeated(names):
             raise ValueError(f"column: {twice!r} is declared twice")
+        for column in self.columns:
+            if lost := set(column.categories) & set(self.missing):
+                raise ValueError(
+                    f'column "{column.name}": categories: {min(lost)!r} is a missing marker'
+                )
         if self.label is not None:
             label = next((c for c in self.columns if c.name == self.label), None)
             if label is None or label.kind != "categorical" or label.nullable:
@@ -176,7 +185,7 @@ def parse_schema(raw: dict[str, Any], origin: str) -> Schema:
         ConfigError: They declare no usable schema.
     """
     modality = raw.get("modality", "table")
-    if modality not in _SCHEMAS:
+    if not isinstance(modality, str) or modality not in _SCHEMAS:
         raise ConfigError(f"{origin}: modality = {modality!r}: must be table or image")
     try:
         return validated(_SCHEMAS[modality], raw)

@@ -6,10 +6,10 @@ import numpy as np
 import polars as pl
 
 from ..config import Clean
-from .clean import CleaningReport, DataError
+from .clean import CleaningReport, DataError, bounds, trimmed
 from .clean import clean as clean_table
 from .modality import Encoded, Modality
-from .schema import Block, Schema, TableSchema, parse_schema
+from .schema import Block, Schema, TableSchema, parse_schema, repeated
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".data": "csv", ".parquet": "parquet"}
 
@@ -33,7 +33,10 @@ def read(source: str, schema: Schema) -> pl.DataFrame:
         )
     if not frame.height:
         raise DataError(f"data.source = {source}: holds no records")
-    return frame.select(pl.col(wanted).cast(pl.String))
+    try:
+        return frame.select(pl.col(wanted).cast(pl.String))
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable(source, error) from None
 
 
 def clean(raw: pl.DataFrame, schema: Schema, rules: Clean) -> tuple[pl.DataFrame, CleaningReport]:
@@ -50,7 +53,7 @@ def values(raw: pl.DataFrame, schema: Schema, column: str) -> list[str]:
             f"{', '.join(raw.columns)}"
         )
     aliases = next((c.aliases for c in schema.columns if c.name == column), {})
-    text = raw[column].str.strip_chars().fill_null("")
+    text = trimmed(raw[column], schema.missing).fill_null("")
     return text.replace(aliases).to_list() if aliases else text.to_list()
 
 
@@ -128,13 +131,15 @@ def _read_file(source: str, schema: TableSchema) -> pl.DataFrame:
             path,
             has_header=schema.header,
             infer_schema=False,
-            separator="\t" if path.suffix == ".tsv" else ",",
+            separator="\t" if path.suffix.lower() == ".tsv" else ",",
             encoding="utf8",
         )
-    except (pl.exceptions.PolarsError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(f"data.source = {source}: cannot be read: {first}") from None
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        raise _unreadable(source, error) from None
+    frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))  # an empty line is no record
     if schema.header:
+        if twice := repeated(name.strip() for name in frame.columns):
+            raise DataError(f'data.source = {source}: column "{twice}" is there twice')
         return frame.rename(str.strip)
     if frame.width != len(schema.columns):
         raise DataError(
@@ -142,6 +147,11 @@ def _read_file(source: str, schema: TableSchema) -> pl.DataFrame:
             f"{len(schema.columns)} (header = false needs all of them, in order)"
         )
     return frame.rename(dict(zip(frame.columns, (c.name for c in schema.columns), strict=True)))
+
+
+def _unreadable(source: str, error: BaseException) -> DataError:
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return DataError(f"data.source = {source}: cannot be read: {first}")
 
 
 def _codes(series: pl.Series, categories: tuple[str, ...]) -> np.ndarray:
@@ -170,16 +180,14 @@ def _unscale(part: np.ndarray, block: Block) -> pl.Series:
         numbers = np.expm1(numbers)
     if column.kind == "integer":
         numbers = np.rint(numbers)
-    series = pl.Series(numbers)
+    series = pl.Series(numbers).clip(*bounds(column))  # rounding may have left them by a hair
     if column.nullable:
         series = series.set(pl.Series(part[:, 1] < 0.5), None)
     return series.cast(pl.Int64) if column.kind == "integer" else series
 
 
 def _range(block: Block) -> tuple[float, float]:
-    if block.column.bounds is None:  # the schema has checked it
-        raise DataError(f'column "{block.column.name}": bounds: missing')
-    low, high = block.column.bounds
+    low, high = bounds(block.column)
     if block.column.transform == "log1p":
         return float(np.log1p(low)), float(np.log1p(high))
     return low, high

@@ -6,29 +6,31 @@ import torch
 from torch import Tensor, nn
 
 
-class Constant(nn.Module):
-    """Learnt numbers that depend on no input: a [width] vector, `gain` times its weights.
+class Lookup(nn.Module):
+    """Learnt numbers that depend on a one-hot row alone: `gain` times the row's weights.
+
+    They start at 0.
 
     A bare `nn.Parameter` beside children would throw the whole module to Opacus's slow fallback; a
-    linear layer of a constant input does not. A gain above 1 lets few numbers be heard under a
-    clipping norm that they share with many.
+    linear layer does not. A gain above 1 lets few numbers be heard under a clipping norm that they
+    share with many.
     """
 
-    def __init__(self, width: int, gain: float = 1.0) -> None:
+    def __init__(self, rows: int, width: int, gain: float = 1.0) -> None:
         super().__init__()
-        self.weights = nn.Linear(1, width, bias=False)
+        self.weights = nn.Linear(rows, width, bias=False)
         self.gain = gain
 
-    def forward(self, like: Tensor) -> Tensor:
-        """[B, width]: the same row for each of the B rows of `like`."""
-        rows: Tensor = self.weights(like.new_full((len(like), 1), self.gain))
+    def forward(self, one_hot: Tensor) -> Tensor:
+        """one_hot [B, rows] -> [B, width]."""
+        rows: Tensor = self.weights(self.gain * one_hot)
         return rows
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Sets all parameters from public randomness: Kaiming-uniform weights, zero biases.
 
-    `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Constant`
+    `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Lookup`
     starts at zero.
     """
     for layer in module.modules():
@@ -37,5 +39,5 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     for layer in module.modules():
-        if isinstance(layer, Constant):
+        if isinstance(layer, Lookup):
             nn.init.zeros_(layer.weights.weight)

@@ -1,8 +1,9 @@
 """The conditional variational autoencoder (Kingma and Welling 2014; Sohn et al. 2015).
 
 A convolutional encoder and decoder for images, one hidden layer each for tables; no BatchNorm. The
-label conditions both halves, and its distribution is learnt with the rest, under the same clipping,
-so that labels can be sampled without looking at the data.
+label conditions both halves and adds a template of its class to the decoder's output, which is what
+noisy steps learn first. The label's own distribution is learnt with the rest, under the same
+clipping, so that labels can be sampled without looking at the data.
 """
 
 import torch
@@ -12,11 +13,12 @@ from torch.nn import functional as F  # noqa: N812
 from ..config import VaeOptions
 from ..data_prep.schema import ImageSchema, Schema, TableSchema
 from .family import Batch, Family
-from .layers import Constant
+from .layers import Lookup
 
 _MAX_LOG_VARIANCE = 8.0
 _PRIOR_GAIN = 10.0
 _SPREAD_GAIN = 3.0
+_TEMPLATE_GAIN = 2.0
 
 
 class Vae(nn.Module):
@@ -26,16 +28,28 @@ class Vae(nn.Module):
         super().__init__()
         self.options, self.schema = options, schema
         self.classes = len(schema.classes)
-        self.prior = Constant(self.classes, _PRIOR_GAIN) if self.classes else None
-        self.spread: Constant | None = None
+        pixels = (
+            schema.channels * schema.height * schema.width
+            if isinstance(schema, ImageSchema)
+            else schema.width
+        )
+        self.prior = Lookup(1, self.classes, _PRIOR_GAIN) if self.classes else None
+        self.template = Lookup(self.classes, pixels, _TEMPLATE_GAIN) if self.classes else None
+        self.spread: Lookup | None = None
         self.encoder, self.decoder, features = (
             _conv_halves(options, schema, self.classes)
             if isinstance(schema, ImageSchema)
             else _dense_halves(options, schema, self.classes)
         )
         self.posterior = nn.Linear(features, 2 * options.latent)
-        if isinstance(schema, TableSchema) and options.reconstruction == "mse":
-            self.spread = Constant(schema.width, _SPREAD_GAIN)
+        if isinstance(schema, TableSchema) and self.reconstruction == "mse":
+            self.spread = Lookup(1, schema.width, _SPREAD_GAIN)
+
+    @property
+    def reconstruction(self) -> str:
+        """The loss in force."""
+        default = "bce" if self.schema.modality == "image" else "mse"
+        return self.options.reconstruction or default
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """X [B, ...], y [B, classes] one-hot -> mean and log variance of z, [B, latent] each."""
@@ -46,7 +60,7 @@ class Vae(nn.Module):
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """Z [B, latent], y [B, classes] one-hot -> logits of x, [B, ...]."""
         logits: Tensor = self.decoder(torch.cat([z, y], dim=1))
-        return logits
+        return logits if self.template is None else logits + self.template(y).view_as(logits)
 
 
 class _Split(nn.Module):
@@ -131,7 +145,7 @@ def sample(
     if labels is None:
         labels = torch.zeros(n, dtype=torch.int64)
         if vae.prior is not None:
-            share = vae.prior(torch.zeros(1, 1))[0].softmax(dim=0)
+            share = vae.prior(torch.ones(1, 1))[0].softmax(dim=0)
             labels = torch.multinomial(share, n, replacement=True, generator=generator)
     z = torch.randn(n, vae.options.latent, generator=generator)
     logits = vae.decode(z, _one_hot(vae, labels))
@@ -145,18 +159,20 @@ def _negative_elbo(
 ) -> Tensor:
     logits = vae.decode(z, y)
     if isinstance(vae.schema, ImageSchema):
-        loss = _pixel_loss(logits, batch.x, vae.options).flatten(1).sum(dim=1)
+        loss = _pixel_loss(logits, batch.x, vae.reconstruction).flatten(1).sum(dim=1)
     else:
         loss = _table_loss(vae, logits, batch.x)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
     loss = loss + vae.options.beta * kl
     if vae.prior is not None:
-        loss = loss + F.cross_entropy(vae.prior(batch.x), batch.y, reduction="none")
+        loss = loss + F.cross_entropy(
+            vae.prior(torch.ones(len(batch.y), 1)), batch.y, reduction="none"
+        )
     return loss
 
 
-def _pixel_loss(logits: Tensor, x: Tensor, options: VaeOptions) -> Tensor:
-    if options.reconstruction == "bce":
+def _pixel_loss(logits: Tensor, x: Tensor, reconstruction: str) -> Tensor:
+    if reconstruction == "bce":
         return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
     return (logits.sigmoid() - x).square()
 
@@ -164,7 +180,7 @@ def _pixel_loss(logits: Tensor, x: Tensor, options: VaeOptions) -> Tensor:
 def _table_loss(vae: Vae, logits: Tensor, x: Tensor) -> Tensor:
     """[B] sums over columns: cross-entropy of levels, the numeric loss of present numbers."""
     total = logits.new_zeros(len(logits))
-    spread = vae.spread(x) if vae.spread is not None else None
+    spread = vae.spread(torch.ones(len(x), 1)) if vae.spread is not None else None
     for block in _table(vae).blocks:
         span = slice(block.start, block.stop)
         if block.column.kind == "categorical":
@@ -189,7 +205,7 @@ def _table_loss(vae: Vae, logits: Tensor, x: Tensor) -> Tensor:
 def _sample_table(vae: Vae, logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draws every column given z: a level by its probability, a number around its mean."""
     x = torch.zeros_like(logits)
-    spread = vae.spread(logits) if vae.spread is not None else None
+    spread = vae.spread(torch.ones(len(x), 1)) if vae.spread is not None else None
     for block in _table(vae).blocks:
         span, start = slice(block.start, block.stop), block.start
         if block.column.kind == "categorical":

@@ -1,0 +1,454 @@
+"""The site's handlers, asked by real Flower messages: what they answer and what they never say."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedveil.client import app as client_module
+from fedveil.client.app import client_app
+from fedveil.client.site import Site
+from fedveil.config import RunConfig
+from fedveil.data_prep import modality, run_schema
+from fedveil.data_prep.clean import DataError
+from fedveil.data_prep.images import Images
+from fedveil.data_prep.partition import keyed_split
+from fedveil.data_prep.schema import schema_to_json
+from fedveil.flower import (
+    Array,
+    ArrayRecord,
+    ClientApp,
+    ConfigRecord,
+    Context,
+    Message,
+    RecordDict,
+    set_identity,
+    set_message_id,
+)
+from fedveil.models import family
+from fedveil.models.layers import initialise
+from fedveil.models.state import to_arrays
+from fedveil.privacy.accounting import AccountingError
+from fedveil.privacy.noise import Coins
+from fedveil.wire import TRAIN, Refusal, Refused, Task, Update, pack, read_reply
+
+MakeConfig = Callable[..., RunConfig]
+KEY = bytes(range(32))
+SECRET = "PATIENT-4711"
+NODE = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _identity() -> None:
+    set_identity(1, 0)
+
+
+@pytest.fixture
+def config(make_config: MakeConfig) -> RunConfig:
+    """Without a mechanism, so that nothing has to be priced."""
+    return make_config(privacy={"mechanism": "none"}).resolved()
+
+
+def images(count: int, seed: int = 1) -> Images:
+    """So many different images, all usable."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 1)).astype(np.uint8)
+    labels = np.array([str(index % 10) for index in range(count)])
+    return Images(pixels, labels, np.ones(count, dtype=bool))
+
+
+class Asked:
+    """One site behind a real ClientApp, and how often its data were read."""
+
+    def __init__(self, read: Callable[[], Any] | None = None) -> None:
+        self.reads = 0
+        self._read = read or (lambda: images(40))
+        self._site = Site("site-005", self._reading, KEY, Coins(bytes(range(1, 33))))
+        self.app = client_app(lambda context: self._site)
+        self.context = Context(1, NODE, {}, RecordDict(), {})
+
+    def _reading(self) -> Any:  # noqa: ANN401
+        self.reads += 1
+        return self._read()
+
+    def __call__(self, content: RecordDict) -> Message:
+        return call(self.app, self.context, content)
+
+    def answer(self, task: Task) -> Update | Refused:
+        """What the site answers, as the server reads it."""
+        return read_reply(self(pack(task)))
+
+
+def call(app: ClientApp, context: Context, content: RecordDict) -> Message:
+    """One message to an app and its reply."""
+    message = Message(content, NODE, TRAIN, group_id="1")
+    set_message_id(message, "abc")
+    return app(message, context)
+
+
+def initial(config: RunConfig) -> dict[str, np.ndarray]:
+    """The model that a run starts from."""
+    module = family("vae").build(config.model, run_schema(config))
+    initialise(module, torch.Generator().manual_seed(0))
+    return to_arrays(module)
+
+
+def task_for(config: RunConfig, number: int = 1, /, **changes: Any) -> Task:  # noqa: ANN401
+    """The server's request for one round."""
+    values: dict[str, Any] = {
+        "run_id": "run-a",
+        "round": number,
+        "config": config.model_dump_json(by_alias=True),
+        "schema": schema_to_json(run_schema(config)),
+        "arrays": initial(config),
+    }
+    return Task(**(values | changes))
+
+
+def refusal(answer: Update | Refused) -> Refusal:
+    """Why a site refused."""
+    assert isinstance(answer, Refused)
+    return answer.code
+
+
+def everything_in(message: Message) -> bytes:
+    """All bytes and texts of a message, as it would travel and as it would be shown."""
+
+    def deflated(part: Any) -> bytes:  # noqa: ANN401
+        children = part.children or {}
+        return bytes(part.deflate()) + b"".join(deflated(child) for child in children.values())
+
+    return deflated(message) + repr(message).encode()
+
+
+class TestAnswer:
+    def test_an_update_of_exactly_the_trainable_arrays(self, config: RunConfig) -> None:
+        answer = Asked().answer(task_for(config))
+        assert isinstance(answer, Update)
+        assert (answer.run_id, answer.round) == ("run-a", 1)
+        expected = initial(config)
+        module = family("vae").build(config.model, run_schema(config))
+        assert answer.arrays.keys() == set(family("vae").trainable(module))
+        for name, array in answer.arrays.items():
+            assert (array.shape, array.dtype) == (expected[name].shape, np.float32)
+            assert np.isfinite(array).all()
+
+    def test_it_replies_to_the_message(self, config: RunConfig) -> None:
+        reply = Asked()(pack(task_for(config)))
+        assert reply.metadata.reply_to_message_id == "abc"
+        assert reply.metadata.src_node_id == NODE
+        assert set(reply.content) == {"facts", "arrays"}
+        assert set(reply.content["facts"]) == {"run-id", "round"}
+
+    def test_records_are_read_once_a_run(self, config: RunConfig) -> None:
+        site = Asked()
+        for number in (1, 2):
+            assert isinstance(site.answer(task_for(config, number)), Update)
+        assert site.reads == 1
+
+    def test_under_central_the_sum_is_clipped_and_without_noise(
+        self, make_config: MakeConfig
+    ) -> None:
+        central = make_config().resolved()
+        answer = Asked(lambda: images(1)).answer(task_for(central))
+        assert isinstance(answer, Update)
+        norm = np.sqrt(sum(float(np.square(a).sum()) for a in answer.arrays.values()))
+        # One record at most: the noise of this plan would be a norm of 20.
+        assert norm <= central.privacy.clipping_norm
+
+
+class TestCount:
+    """Each round of a run is answered once, whatever becomes of it."""
+
+    def test_the_same_round_again(self, config: RunConfig) -> None:
+        site = Asked()
+        assert isinstance(site.answer(task_for(config)), Update)
+        assert refusal(site.answer(task_for(config))) is Refusal.BUDGET
+
+    def test_an_earlier_round(self, config: RunConfig) -> None:
+        site = Asked()
+        assert isinstance(site.answer(task_for(config, 2)), Update)
+        assert refusal(site.answer(task_for(config, 1))) is Refusal.BUDGET
+
+    @pytest.mark.parametrize("number", [3, 100, 0, -1])
+    def test_a_round_that_is_not_in_the_plan(self, config: RunConfig, number: int) -> None:
+        site = Asked()
+        assert config.federation.rounds == 2
+        assert refusal(site.answer(task_for(config, number))) is Refusal.BUDGET
+        assert site.reads == 0
+
+    def test_a_refused_round_costs_nothing(self, config: RunConfig) -> None:
+        site = Asked()
+        site.answer(task_for(config, 3))
+        assert isinstance(site.answer(task_for(config, 1)), Update)
+
+    def test_runs_are_counted_apart(self, config: RunConfig) -> None:
+        site = Asked()
+        assert isinstance(site.answer(task_for(config, 2)), Update)
+        assert isinstance(site.answer(task_for(config, 1, run_id="run-b")), Update)
+
+    def test_the_count_is_made_before_data_are_read(self, config: RunConfig) -> None:
+        spent_when_read: list[object] = []
+
+        def read() -> Images:
+            spent_when_read.append(dict(site.context.state["run-a"]))
+            raise OSError(SECRET)
+
+        site = Asked(read)
+        assert refusal(site.answer(task_for(config))) is Refusal.FAILED
+        assert spent_when_read == [{"round": 1}]
+        assert refusal(site.answer(task_for(config))) is Refusal.BUDGET
+        assert site.reads == 1
+
+    def test_a_longer_plan_does_not_reopen_a_round(self, make_config: MakeConfig) -> None:
+        site = Asked()
+        for rounds in (2, 3):
+            config = make_config(
+                federation={"rounds": rounds}, privacy={"mechanism": "none"}
+            ).resolved()
+            answer = site.answer(task_for(config, 2))
+            assert isinstance(answer, Update) == (rounds == 2)
+
+    def test_a_state_that_is_not_ours_is_no_permission(self, config: RunConfig) -> None:
+        site = Asked()
+        site.context.state["run-a"] = ConfigRecord({"round": "none"})
+        assert refusal(site.answer(task_for(config))) is Refusal.BUDGET
+        assert site.reads == 0
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        "text",
+        ["", "nonsense", "[]", "3", "{}", '{"data": {}, "model": {"family": "vae"}}'],
+    )
+    def test_no_configuration(self, config: RunConfig, text: str) -> None:
+        site = Asked()
+        answer = site.answer(task_for(config, config=text))
+        assert refusal(answer) is Refusal.CONFIGURATION
+        assert site.reads == 0
+
+    @pytest.mark.parametrize(
+        ("section", "option", "value"),
+        [
+            ("privacy", "epsilon", -1.0),
+            ("privacy", "mechanism", "trust-me"),
+            ("privacy", "noise_multiplier", 0.0),
+            ("federation", "rounds", 0),
+            ("model", "family", "gan-from-the-server"),
+            ("data", "records", None),
+        ],
+    )
+    def test_a_configuration_that_is_not_acceptable(
+        self, config: RunConfig, section: str, option: str, value: object
+    ) -> None:
+        raw = json.loads(config.model_dump_json(by_alias=True))
+        raw[section][option] = value
+        if option == "records":
+            raw["data"]["source"] = "elsewhere.csv"
+        site = Asked()
+        answer = site.answer(task_for(config, config=json.dumps(raw)))
+        assert refusal(answer) is Refusal.CONFIGURATION
+        assert (answer.run_id, answer.round) == ("run-a", 1)
+        assert site.reads == 0
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "nonsense",
+            "[]",
+            "{}",
+            '{"modality": "sound"}',
+            '{"modality": ["image"]}',
+            '{"modality": "image", "height": 7, "width": 8}',
+        ],
+    )
+    def test_no_schema(self, config: RunConfig, text: str) -> None:
+        site = Asked()
+        answer = site.answer(task_for(config, schema=text))
+        assert refusal(answer) is Refusal.CONFIGURATION
+        assert site.reads == 0
+
+    def test_the_site_prices_the_run_itself(self, make_config: MakeConfig) -> None:
+        """The server claims nothing that counts: an unreachable budget is refused unread."""
+        cheap = make_config(privacy={"epsilon": 1e-7}).resolved()
+        site = Asked()
+        assert refusal(site.answer(task_for(cheap))) is Refusal.CONFIGURATION
+        assert site.reads == 0
+        # Nor was anything counted for it.
+        assert "run-a" not in site.context.state
+
+    def test_a_price_in_doubt_is_a_refusal(
+        self, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def doubt(config: RunConfig) -> None:
+            raise AccountingError("the accountants disagree")
+
+        monkeypatch.setattr(client_module, "plan", doubt)
+        renamed = config.model_dump(by_alias=True)
+        renamed["federation"]["name"] = "in-doubt"
+        site = Asked()
+        answer = site.answer(task_for(RunConfig.model_validate(renamed)))
+        assert isinstance(answer, Refused)
+        assert site.reads == 0
+
+
+class TestMalformed:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            RecordDict(),
+            RecordDict({"facts": ConfigRecord({"run-id": "run-a"})}),
+            RecordDict({"facts": ConfigRecord({"round": 1}), "arrays": ArrayRecord({})}),
+            pack(Update("run-a", 1, {})),
+            pack(Refused("run-a", 1, Refusal.FAILED)),
+        ],
+        ids=["empty", "no round", "no run", "an update", "a refusal"],
+    )
+    def test_what_is_no_task_is_refused(self, content: RecordDict) -> None:
+        site = Asked()
+        assert refusal(read_reply(site(content))) is Refusal.CONFIGURATION
+        assert site.reads == 0
+
+    @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18)])
+    def test_so_are_arrays_that_are_none(self, config: RunConfig, data: bytes) -> None:
+        content = pack(task_for(config))
+        content["arrays"] = ArrayRecord({"w": Array("float32", (1,), "numpy.ndarray", data)})
+        site = Asked()
+        assert isinstance(read_reply(site(content)), Refused)
+        assert site.reads == 0
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda arrays: arrays.popitem(),
+            lambda arrays: arrays.update(more=np.zeros(1, dtype=np.float32)),
+            lambda arrays: arrays.update(
+                {"posterior.bias": arrays["posterior.bias"].astype(np.float64)}
+            ),
+            lambda arrays: arrays.update({"posterior.bias": arrays["posterior.bias"][:1]}),
+            lambda arrays: arrays.update(
+                {"posterior.bias": np.full_like(arrays["posterior.bias"], np.nan)}
+            ),
+        ],
+        ids=["missing", "foreign", "float64", "short", "nan"],
+    )
+    def test_arrays_that_do_not_fit_the_model(
+        self, config: RunConfig, spoil: Callable[[dict[str, np.ndarray]], object]
+    ) -> None:
+        arrays = initial(config)
+        spoil(arrays)
+        site = Asked()
+        assert isinstance(site.answer(task_for(config, arrays=arrays)), Refused)
+        assert site.reads == 0
+
+
+class TestSecrecy:
+    @pytest.mark.parametrize("kind", [RuntimeError, OSError, KeyError, ValueError, TypeError])
+    def test_the_text_of_an_exception_stays(self, config: RunConfig, kind: type[Exception]) -> None:
+        def read() -> Images:
+            raise kind(f"cannot read {SECRET}")
+
+        reply = Asked(read)(pack(task_for(config)))
+        assert refusal(read_reply(reply)) is Refusal.FAILED
+        assert SECRET.encode() not in everything_in(reply)
+
+    def test_of_opening_the_site_too(self, config: RunConfig) -> None:
+        def open_site(context: Context) -> Site:
+            raise FileNotFoundError(f"/srv/{SECRET}.parquet")
+
+        context = Context(1, NODE, {}, RecordDict(), {})
+        reply = call(client_app(open_site), context, pack(task_for(config)))
+        assert refusal(read_reply(reply)) is Refusal.FAILED
+        assert SECRET.encode() not in everything_in(reply)
+
+    def test_of_data_that_cannot_be_used_too(self, config: RunConfig) -> None:
+        def read() -> Images:
+            raise DataError(f'column "age" = {SECRET}')
+
+        reply = Asked(read)(pack(task_for(config)))
+        assert SECRET.encode() not in everything_in(reply)
+
+    def test_a_reply_holds_no_count_and_no_loss(self, config: RunConfig) -> None:
+        first, second = (Asked(lambda n=n: images(n))(pack(task_for(config))) for n in (17, 23))
+        for reply in (first, second):
+            record = reply.content["facts"]
+            assert dict(record) == {"run-id": "run-a", "round": 1}
+
+
+def unusable() -> Images:
+    """Images of which none can be used."""
+    return Images(
+        np.zeros((9, 8, 8, 1), dtype=np.uint8), np.array(["?"] * 9), np.zeros(9, dtype=bool)
+    )
+
+
+def broken() -> Images:
+    """Data that cannot be read at all."""
+    raise DataError(SECRET)
+
+
+class TestDataThatFailAltogether:
+    """Whether a site's data failed is private: it takes part like any other."""
+
+    @pytest.mark.parametrize("read", [unusable, broken])
+    def test_zeros_under_central(self, make_config: MakeConfig, read: Callable[[], Images]) -> None:
+        central = make_config().resolved()
+        answer = Asked(read).answer(task_for(central))
+        assert isinstance(answer, Update)
+        expected = initial(central)
+        assert answer.arrays.keys() == expected.keys()
+        for name, array in answer.arrays.items():
+            assert array.shape == expected[name].shape
+            assert not array.any(), name
+
+    def test_noise_under_local(self, make_config: MakeConfig) -> None:
+        local = make_config(privacy={"mechanism": "local"}).resolved()
+        answer = Asked(unusable).answer(task_for(local))
+        assert isinstance(answer, Update)
+        before = initial(local)
+        assert answer.arrays.keys() == before.keys()
+        # Adam's first step on noise moves every weight by the learning rate.
+        for name, array in answer.arrays.items():
+            moved = np.abs(array - before[name])
+            assert moved == pytest.approx(local.learning_rate, rel=0.05), name
+
+
+def test_held_out_and_audit_records_never_train(make_config: MakeConfig) -> None:
+    """Labels tell the sides apart: training records are 1, all the others 9.
+
+    The prior starts uniform, so its cross-entropy has gradient gain * (n / 10 - n_k) for class k:
+    the reply itself says which labels, and how many, were trained on.
+    """
+    config = make_config(
+        data={"holdout": 0.3, "audit": 0.3},
+        privacy={"mechanism": "none", "sampling_rate": 1.0},
+        aggregation={"strategy": "sgd"},
+    ).resolved()
+    schema = run_schema(config)
+    kind = modality(schema)
+    chosen: list[Mapping[str, np.ndarray]] = []
+    for label, wanted in (("1", True), ("9", False)):
+        candidates = images(90, seed=int(label))
+        candidates.labels[:] = label
+        sides = keyed_split(kind.identities(candidates, schema), KEY, 0.3, 0.3)
+        rows = sides.training if wanted else np.concatenate([sides.holdout, sides.audit])
+        taken = kind.take(candidates, rows)
+        chosen.append({"pixels": taken.pixels, "labels": taken.labels})
+    trained, kept = (len(part["labels"]) for part in chosen)
+    assert trained > 20
+    assert kept > 40
+    raw = Images(
+        np.concatenate([part["pixels"] for part in chosen]),
+        np.concatenate([part["labels"] for part in chosen]),
+        np.ones(trained + kept, dtype=bool),
+    )
+    answer = Asked(lambda: raw).answer(task_for(config))
+    assert isinstance(answer, Update)
+    module = family("vae").build(config.model, schema)
+    gain = float(module.prior.gain)  # type: ignore[union-attr,arg-type]
+    expected = np.full(10, trained / 10)
+    expected[1] -= trained
+    assert answer.arrays["prior.weights.weight"].ravel() / gain == pytest.approx(expected, rel=1e-4)

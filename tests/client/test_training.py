@@ -1,0 +1,275 @@
+"""One round's work: the right sum over the right records, with noise where the plan says."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedveil.client import training
+from fedveil.client.training import gradient_sum, train
+from fedveil.config import RunConfig
+from fedveil.data_prep import run_schema
+from fedveil.models import Batch, Family, family
+from fedveil.models.layers import initialise
+from fedveil.models.state import to_arrays
+from fedveil.privacy.noise import Coins
+from fedveil.privacy.plan import Plan, plan
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class Everyone(Coins):
+    """Coins that fall for every record, and that note what they were asked."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes(range(32)))
+        self.asked: list[tuple[int, float]] = []
+
+    def poisson_sample(self, count: int, rate: float) -> np.ndarray:
+        self.asked.append((count, rate))
+        return np.arange(count)
+
+
+def batch(count: int) -> Batch:
+    """So many images; the first ones are the same whatever the count."""
+    rng = np.random.default_rng(5)
+    x = rng.random((count, 1, 8, 8), dtype=np.float32)
+    return Batch(torch.from_numpy(x), torch.arange(count) % 10)
+
+
+@pytest.fixture
+def config(make_config: MakeConfig) -> RunConfig:
+    """Without a mechanism, so that nothing has to be priced."""
+    return make_config(privacy={"mechanism": "none"}).resolved()
+
+
+@pytest.fixture
+def averaged(make_config: MakeConfig) -> RunConfig:
+    """Three local steps."""
+    return make_config(
+        privacy={"mechanism": "none"},
+        aggregation={"strategy": "fedavg"},
+        training={"local_steps": 3, "learning_rate": 0.01},
+    ).resolved()
+
+
+def noisy(config: RunConfig, mechanism: str) -> Plan:
+    """A plan with noise of standard deviation 0.75 * 2, unpriced."""
+    return replace(
+        plan(config),
+        mechanism=mechanism,  # type: ignore[arg-type]
+        clipping_norm=2.0,
+        noise_multiplier=0.75,
+    )
+
+
+def module_for(config: RunConfig) -> nn.Module:
+    """A model with public initial weights."""
+    module = family("vae").build(config.model, run_schema(config))
+    initialise(module, torch.Generator().manual_seed(0))
+    return module
+
+
+def flat(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """All numbers in one vector."""
+    return np.concatenate([array.ravel() for array in arrays.values()])
+
+
+def use(monkeypatch: pytest.MonkeyPatch, kind: Family) -> None:
+    """Lets a site train another kind of generator."""
+    monkeypatch.setattr(training, "family", lambda name: kind)
+
+
+class TestGradientSum:
+    def test_without_records_it_is_zero_under_central(self, config: RunConfig) -> None:
+        """Un-noised: had the site added noise, this would not be zero."""
+        total = gradient_sum(
+            family("vae"),
+            module_for(config),
+            batch(0),
+            config,
+            noisy(config, "central"),
+            Everyone(),
+        )
+        assert not flat(total).any()
+
+    def test_under_local_it_carries_the_plans_noise(self, config: RunConfig) -> None:
+        total = gradient_sum(
+            family("vae"), module_for(config), batch(0), config, noisy(config, "local"), Everyone()
+        )
+        noise = flat(total)
+        assert len(noise) > 500
+        assert noise.std() == pytest.approx(1.5, rel=0.1)
+        assert abs(noise.mean()) < 4 * 1.5 / math.sqrt(len(noise))
+
+    def test_noise_is_added_to_the_sum(self, config: RunConfig) -> None:
+        """With coins of one key the two mechanisms differ by noise of the plan's scale."""
+        plain, loud = (
+            flat(
+                gradient_sum(
+                    family("vae"),
+                    module_for(config),
+                    batch(20),
+                    config,
+                    noisy(config, mechanism),
+                    Everyone(),
+                )
+            )
+            for mechanism in ("central", "local")
+        )
+        assert (loud - plain).std() == pytest.approx(1.5, rel=0.1)
+
+    @pytest.mark.parametrize("count", [1, 5, 70])
+    def test_a_record_adds_at_most_the_clipping_norm(self, config: RunConfig, count: int) -> None:
+        fixed = replace(noisy(config, "central"), clipping_norm=0.01)
+        smaller, larger = (
+            flat(
+                gradient_sum(family("vae"), module_for(config), batch(n), config, fixed, Everyone())
+            )
+            for n in (count - 1, count)
+        )
+        moved = np.linalg.norm(larger - smaller)
+        # The gradients of an untrained model are far above 0.01, so that clipping binds.
+        assert 0.0099 < moved <= 0.01
+
+    def test_the_sample_is_of_all_records_at_the_plans_rate(self, config: RunConfig) -> None:
+        coins = Everyone()
+        fixed = noisy(config, "central")
+        gradient_sum(family("vae"), module_for(config), batch(30), config, fixed, coins)
+        assert coins.asked == [(30, fixed.sampling_rate)]
+
+    def test_only_sampled_records_count(self, config: RunConfig) -> None:
+        class Some(Everyone):
+            def poisson_sample(self, count: int, rate: float) -> np.ndarray:
+                return np.array([1, 4])
+
+        fixed = noisy(config, "central")
+        whole = batch(6)
+        chosen = Batch(whole.x[[1, 4]], whole.y[[1, 4]])
+        sampled = gradient_sum(family("vae"), module_for(config), whole, config, fixed, Some())
+        direct = gradient_sum(family("vae"), module_for(config), chosen, config, fixed, Everyone())
+        assert flat(sampled).tobytes() == flat(direct).tobytes()
+
+    def test_the_coins_own_sample_is_within_the_rate(self, coins: Coins, config: RunConfig) -> None:
+        """Of 400 records at rate 0.25 about 100 are in: their clipped norms bound the sum."""
+        fixed = replace(noisy(config, "central"), sampling_rate=0.25, clipping_norm=1e-3)
+        sizes = []
+
+        def note(module: nn.Module, part: Batch, generator: torch.Generator) -> torch.Tensor:
+            sizes.append(int((part.x.flatten(1).sum(dim=1) > 0).sum()))
+            return family("vae").example_losses(module, part, generator)
+
+        kind = replace(family("vae"), example_losses=note)
+        total = gradient_sum(kind, module_for(config), batch(400), config, fixed, coins)
+        assert sum(sizes) == pytest.approx(100, abs=30)
+        assert np.linalg.norm(flat(total)) <= sum(sizes) * 1e-3
+
+    def test_two_steps_draw_different_samples(self, coins: Coins, config: RunConfig) -> None:
+        fixed = noisy(config, "central")
+        first, second = (
+            gradient_sum(family("vae"), module_for(config), batch(50), config, fixed, coins)
+            for _ in range(2)
+        )
+        assert not np.array_equal(flat(first), flat(second))
+
+
+class TestTrain:
+    def test_adam_at_the_server_gets_a_gradient_sum(self, config: RunConfig) -> None:
+        module = module_for(config)
+        before = to_arrays(module)
+        sent = train(module, batch(8), config, plan(config), Everyone())
+        assert sent.keys() == before.keys()
+        assert {n: a.shape for n, a in sent.items()} == {n: a.shape for n, a in before.items()}
+        assert all(a.dtype == np.float32 for a in sent.values())
+        # The site took no step of its own.
+        assert flat(to_arrays(module)).tobytes() == flat(before).tobytes()
+
+    def test_fedavg_sends_the_model(self, averaged: RunConfig) -> None:
+        module = module_for(averaged)
+        sent = train(module, batch(8), averaged, plan(averaged), Everyone())
+        assert flat(sent).tobytes() == flat(to_arrays(module)).tobytes()
+
+    def test_fedavg_takes_as_many_steps_as_are_priced(self, averaged: RunConfig) -> None:
+        coins = Everyone()
+        train(module_for(averaged), batch(8), averaged, plan(averaged), coins)
+        assert len(coins.asked) == 3
+
+    def test_fedavg_without_records_or_noise_stays(self, averaged: RunConfig) -> None:
+        module = module_for(averaged)
+        before = to_arrays(module)
+        sent = train(module, batch(0), averaged, plan(averaged), Everyone())
+        assert flat(sent).tobytes() == flat(before).tobytes()
+
+    def test_the_first_local_step_is_adams(self, make_config: MakeConfig) -> None:
+        """Adam's first step is the learning rate against the sign of the gradient."""
+        config = make_config(
+            privacy={"mechanism": "none"},
+            aggregation={"strategy": "fedavg"},
+            training={"learning_rate": 0.01},
+        ).resolved()
+        module = module_for(config)
+        before = flat(to_arrays(module))
+        gradient = flat(
+            gradient_sum(family("vae"), module, batch(8), config, plan(config), Everyone())
+        )
+        after = flat(train(module, batch(8), config, plan(config), Everyone()))
+        clear = np.abs(gradient) > 0.01
+        assert clear.sum() > 100
+        assert after[clear] - before[clear] == pytest.approx(
+            -0.01 * np.sign(gradient[clear]), rel=1e-2
+        )
+
+    def test_fedavg_divides_by_the_public_batch(
+        self, averaged: RunConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One plain gradient-descent step of rate 1 is minus the sum over the expected batch."""
+
+        def descend(parameters: object, lr: float) -> torch.optim.SGD:
+            return torch.optim.SGD(parameters, lr=1.0)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(torch.optim, "Adam", descend)
+        once = replace(plan(averaged), releases_per_round=1, expected_batch=1000.0)
+        for count in (3, 30):
+            module = module_for(averaged)
+            before = flat(to_arrays(module))
+            total = flat(
+                gradient_sum(family("vae"), module, batch(count), averaged, once, Everyone())
+            )
+            after = flat(train(module, batch(count), averaged, once, Everyone()))
+            assert after - before == pytest.approx(-total / 1000.0, abs=1e-6)
+
+
+class TestFrozen:
+    """A family may train some of its parameters only."""
+
+    @staticmethod
+    def partly(module: nn.Module) -> list[str]:
+        return [name for name, _ in module.named_parameters() if name.startswith("posterior.")]
+
+    @pytest.mark.parametrize("strategy", ["adam", "fedavg"])
+    @pytest.mark.parametrize("mechanism", ["none", "noisy"])
+    def test_only_the_trainable_ones_move_and_travel(
+        self,
+        strategy: str,
+        mechanism: str,
+        make_config: MakeConfig,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        use(monkeypatch, replace(family("vae"), trainable=self.partly))
+        config = make_config(
+            privacy={"mechanism": "none"}, aggregation={"strategy": strategy}
+        ).resolved()
+        module = module_for(config)
+        before = to_arrays(module)
+        where = "central" if strategy == "adam" else "local"
+        priced = plan(config) if mechanism == "none" else noisy(config, where)
+        sent = train(module, batch(8), config, priced, Everyone())
+        assert sent.keys() == {"posterior.weight", "posterior.bias"}
+        after = to_arrays(module)
+        for name in before.keys() - sent.keys():
+            assert after[name].tobytes() == before[name].tobytes(), name
+        assert all(array.any() for array in sent.values())

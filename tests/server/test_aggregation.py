@@ -1,0 +1,184 @@
+"""Strategies by hand-computed numbers, and against torch's own Adam."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedveil.config import COMPATIBILITY, RunConfig
+from fedveil.server.aggregation import STRATEGIES, ServerState
+
+MakeConfig = Callable[..., RunConfig]
+Arrays = Mapping[str, np.ndarray]
+
+
+def vector(*numbers: float) -> np.ndarray:
+    """A float32 vector that cannot be written to."""
+    array = np.array(numbers, dtype=np.float32)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.fixture
+def configured(make_config: MakeConfig) -> Callable[..., RunConfig]:
+    """A configuration for one strategy."""
+
+    def make(strategy: str, rate: float = 0.1, ema: float = 0.0) -> RunConfig:
+        return make_config(
+            privacy={"mechanism": "none"},
+            aggregation={"strategy": strategy},
+            training={"learning_rate": rate, "ema": ema},
+        )
+
+    return make
+
+
+def steps(config: RunConfig, model: Arrays, means: list[Arrays]) -> list[ServerState]:
+    """The states after each of some rounds, the initial one first."""
+    strategy = STRATEGIES[config.strategy]
+    states = [strategy.init(model)]
+    for mean in means:
+        states.append(strategy.apply(states[-1], mean, config))
+    return states
+
+
+def test_every_strategy_of_the_table_is_there() -> None:
+    assert set(STRATEGIES) == {name for row in COMPATIBILITY.values() for name in row.strategies}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+class TestEvery:
+    def test_it_starts_from_the_model(
+        self, strategy: str, configured: Callable[..., RunConfig]
+    ) -> None:
+        model = {"w": vector(1, 2)}
+        state = STRATEGIES[configured(strategy).strategy].init(model)
+        assert state.round == 0
+        assert state.model["w"].tobytes() == model["w"].tobytes()
+        assert state.average["w"].tobytes() == model["w"].tobytes()
+
+    def test_rounds_are_counted(self, strategy: str, configured: Callable[..., RunConfig]) -> None:
+        states = steps(configured(strategy), {"w": vector(1)}, [{"w": vector(2)}] * 3)
+        assert [state.round for state in states] == [0, 1, 2, 3]
+
+    def test_all_stays_float32(self, strategy: str, configured: Callable[..., RunConfig]) -> None:
+        states = steps(
+            configured(strategy, ema=0.9), {"w": vector(1), "v": vector(1)}, [{"w": vector(2)}] * 2
+        )
+        for state in states:
+            for part in (state.model, state.average, state.first, state.second):
+                assert all(array.dtype == np.float32 for array in part.values())
+
+    def test_nothing_is_changed_in_place(
+        self, strategy: str, configured: Callable[..., RunConfig]
+    ) -> None:
+        model, mean = {"w": vector(1, 2), "v": vector(3)}, {"w": vector(0.5, -1)}
+        states = steps(configured(strategy, ema=0.9), model, [mean])
+        before = copy.deepcopy(states[-1])
+        for state in states:
+            for part in (state.model, state.average, state.first, state.second):
+                for array in part.values():
+                    array.flags.writeable = False
+        STRATEGIES[configured(strategy).strategy].apply(states[-1], mean, configured(strategy))
+        assert model.keys() == {"w", "v"}
+        assert mean.keys() == {"w"}
+        for part in ("model", "average", "first", "second"):
+            old, new = getattr(before, part), getattr(states[-1], part)
+            assert old.keys() == new.keys()
+            assert all(old[name].tobytes() == new[name].tobytes() for name in old)
+
+    def test_what_got_no_mean_stays(
+        self, strategy: str, configured: Callable[..., RunConfig]
+    ) -> None:
+        states = steps(
+            configured(strategy), {"w": vector(1), "frozen": vector(7)}, [{"w": vector(2)}] * 2
+        )
+        assert states[-1].model["frozen"].tolist() == [7]
+        assert states[-1].average["frozen"].tolist() == [7]
+        assert states[-1].model["w"].tolist() != [1]
+
+
+class TestSgd:
+    def test_by_hand(self, configured: Callable[..., RunConfig]) -> None:
+        means = [{"w": vector(2, -4)}, {"w": vector(1, 0)}]
+        states = steps(configured("sgd", rate=0.25), {"w": vector(1, 1)}, means)
+        assert states[1].model["w"].tolist() == [0.5, 2.0]
+        assert states[2].model["w"].tolist() == [0.25, 2.0]
+
+
+class TestAdam:
+    def test_three_steps_by_hand(self, configured: Callable[..., RunConfig]) -> None:
+        """With one gradient all along, each step is the learning rate against its sign."""
+        states = steps(configured("adam", rate=0.125), {"w": vector(1, 1)}, [{"w": vector(3, -5)}] * 3)
+        for number, state in enumerate(states):
+            assert state.model["w"] == pytest.approx(
+                [1 - 0.125 * number, 1 + 0.125 * number], abs=1e-6
+            )
+
+    def test_moments_by_hand(self, configured: Callable[..., RunConfig]) -> None:
+        states = steps(configured("adam"), {"w": vector(0)}, [{"w": vector(2)}, {"w": vector(-1)}])
+        assert states[0].first["w"].tolist() == [0]
+        assert states[1].first["w"] == pytest.approx([0.2], rel=1e-6)  # 0.1 * 2
+        assert states[1].second["w"] == pytest.approx([0.004], rel=1e-6)  # 0.001 * 4
+        assert states[2].first["w"] == pytest.approx([0.08], rel=1e-6)  # 0.9 * 0.2 - 0.1
+        assert states[2].second["w"] == pytest.approx([0.004996], rel=1e-6)  # 0.999 * 0.004 + 0.001
+
+    def test_as_torch_does(self, configured: Callable[..., RunConfig]) -> None:
+        rng = np.random.default_rng(3)
+        start = rng.normal(size=(4, 3)).astype(np.float32)
+        gradients = [rng.normal(size=(4, 3)).astype(np.float32) for _ in range(20)]
+        parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
+        optimiser = torch.optim.Adam([parameter], lr=0.01)
+        states = steps(configured("adam", rate=0.01), {"w": start}, [{"w": g} for g in gradients])
+        for gradient, state in zip(gradients, states[1:], strict=True):
+            parameter.grad = torch.from_numpy(gradient)
+            optimiser.step()
+            assert np.abs(parameter.detach().numpy() - state.model["w"]).max() < 1e-6
+
+    def test_a_gradient_of_zero_moves_nothing(self, configured: Callable[..., RunConfig]) -> None:
+        states = steps(configured("adam"), {"w": vector(1)}, [{"w": vector(0)}])
+        assert states[1].model["w"].tolist() == [1]
+
+
+class TestAverage:
+    """Its decay is min(ema, t / (t + 9)) in round t."""
+
+    def test_the_warm_up_by_hand(self, configured: Callable[..., RunConfig]) -> None:
+        # The model goes 10, 9, 8, 7; the decays are 1/10, 2/11 and 3/12.
+        config = configured("sgd", rate=1.0, ema=0.9)
+        states = steps(config, {"w": vector(10)}, [{"w": vector(1)}] * 3)
+        first = 10 * 0.1 + 9 * 0.9
+        second = first * 2 / 11 + 8 * 9 / 11
+        third = second * 0.25 + 7 * 0.75
+        assert [float(s.average["w"][0]) for s in states] == pytest.approx(
+            [10, first, second, third], rel=1e-6
+        )
+
+    def test_it_ends_at_the_decay_asked_for(self, configured: Callable[..., RunConfig]) -> None:
+        # 0.2 is reached where t / (t + 9) is above it: in round 3 (0.25), not in 2 (0.18).
+        config = configured("sgd", rate=1.0, ema=0.2)
+        states = steps(config, {"w": vector(10)}, [{"w": vector(1)}] * 4)
+        averages = [float(state.average["w"][0]) for state in states]
+        assert averages[3] == pytest.approx(0.2 * averages[2] + 0.8 * 7, rel=1e-6)
+        assert averages[4] == pytest.approx(0.2 * averages[3] + 0.8 * 6, rel=1e-6)
+
+    @pytest.mark.parametrize("strategy", ["sgd", "adam"])
+    def test_it_can_be_off(self, strategy: str, configured: Callable[..., RunConfig]) -> None:
+        states = steps(configured(strategy, ema=0.0), {"w": vector(1)}, [{"w": vector(1)}] * 3)
+        assert states[-1].average["w"].tobytes() == states[-1].model["w"].tobytes()
+
+    def test_training_goes_on_from_the_model(self, configured: Callable[..., RunConfig]) -> None:
+        config = configured("sgd", rate=1.0, ema=0.9)
+        states = steps(config, {"w": vector(10)}, [{"w": vector(1)}] * 3)
+        assert [float(s.model["w"][0]) for s in states] == [10, 9, 8, 7]
+
+
+def test_fedavg_takes_the_mean_of_the_models(configured: Callable[..., RunConfig]) -> None:
+    means: list[Any] = [{"w": vector(4, 6)}, {"w": vector(1, 1)}]
+    states = steps(configured("fedavg", ema=0.9), {"w": vector(0, 0)}, means)
+    assert states[1].model["w"].tolist() == [4, 6]
+    assert states[1].average["w"].tolist() == [4, 6]
+    assert states[2].model["w"].tolist() == [1, 1]

@@ -1,0 +1,535 @@
+"""The configuration: what is refused and how, what is derived, what goes with what."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fedveil.config import (
+    BUILT_IN_SIZES,
+    COMPATIBILITY,
+    ConfigError,
+    FedveilError,
+    MechanismName,
+    RunConfig,
+    StrategyName,
+    UnitName,
+    load_config,
+    override,
+    parse_setting,
+    validated,
+)
+
+WriteFile = Callable[[str, str], Path]
+
+MECHANISMS: tuple[MechanismName, ...] = get_args(MechanismName)
+STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
+UNITS: tuple[UnitName, ...] = get_args(UnitName)
+
+SMALL = '[data]\nsource = "sklearn:digits"\n[model]\nfamily = "vae"\n'
+
+
+def raw_config(**sections: dict[str, Any]) -> dict[str, Any]:
+    raw: dict[str, Any] = {"data": {"source": "sklearn:digits"}, "model": {"family": "vae"}}
+    for section, options in sections.items():
+        raw.setdefault(section, {}).update(options)
+    return raw
+
+
+def config(**sections: dict[str, Any]) -> RunConfig:
+    return validated(RunConfig, raw_config(**sections))
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    """The one line that refuses a configuration."""
+    with pytest.raises(ConfigError) as caught:
+        validated(RunConfig, raw)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# Bad values: the whole line, so that field, value and mend all stand in it.
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "line"),
+    [
+        ("privacy", "epsilon", -1, "privacy.epsilon = -1: must be > 0"),
+        ("privacy", "epsilon", 0, "privacy.epsilon = 0: must be > 0"),
+        ("privacy", "epsilon", float("nan"), "privacy.epsilon = NaN: must be a finite number"),
+        ("privacy", "epsilon", float("inf"), "privacy.epsilon = Infinity: must be a finite number"),
+        ("privacy", "epsilon", "3", 'privacy.epsilon = "3": must be a valid number'),
+        ("privacy", "epsilon", True, "privacy.epsilon = true: must be a valid number"),
+        ("privacy", "delta", 1, "privacy.delta = 1: must be < 1"),
+        ("privacy", "delta", 1.5, "privacy.delta = 1.5: must be < 1"),
+        ("privacy", "delta", 0, "privacy.delta = 0: must be > 0"),
+        ("privacy", "delta", float("nan"), "privacy.delta = NaN: must be a finite number"),
+        ("privacy", "clipping_norm", 0, "privacy.clipping_norm = 0: must be > 0"),
+        ("privacy", "sampling_rate", 0, "privacy.sampling_rate = 0: must be > 0"),
+        ("privacy", "sampling_rate", 1.5, "privacy.sampling_rate = 1.5: must be <= 1"),
+        ("federation", "sites", 0, "federation.sites = 0: must be >= 1"),
+        ("federation", "sites", 2.5, "federation.sites = 2.5: must be a valid integer"),
+        ("federation", "sites", "ten", 'federation.sites = "ten": must be a valid integer'),
+        ("federation", "sites", True, "federation.sites = true: must be a valid integer"),
+        ("federation", "rounds", 0, "federation.rounds = 0: must be >= 1"),
+        ("federation", "seed", -1, "federation.seed = -1: must be >= 0"),
+        ("federation", "min_replies", 0, "federation.min_replies = 0: must be >= 1"),
+        (
+            "federation",
+            "min_replies",
+            11,
+            "federation.min_replies = 11: must be at most federation.sites = 10",
+        ),
+        ("data", "source", 3, "data.source = 3: must be a valid string"),
+        ("data", "records", 0, "data.records = 0: must be >= 1"),
+        ("data", "holdout", 1, "data.holdout = 1: must be < 1"),
+        ("data", "holdout", -0.1, "data.holdout = -0.1: must be >= 0"),
+        ("data", "audit", 1.0, "data.audit = 1.0: must be < 1"),
+        ("data", "alpha", 0, "data.alpha = 0: must be > 0"),
+        ("training", "ema", 1, "training.ema = 1: must be < 1"),
+        ("training", "learning_rate", 0, "training.learning_rate = 0: must be > 0"),
+        ("training", "micro_batch", 0, "training.micro_batch = 0: must be >= 1"),
+        (
+            "training",
+            "local_steps",
+            2,
+            (
+                "training.local_steps = 2: adam takes one step a round at the server; use 1, or "
+                'aggregation.strategy = "fedavg"'
+            ),
+        ),
+        ("model", "latent", 0, "model.latent = 0: must be >= 1"),
+        ("model", "family", "gan", "model.family = \"gan\": must be 'vae'; known are vae"),
+        (
+            "data",
+            "partition",
+            "dirichelt",
+            (
+                "data.partition = \"dirichelt\": must be 'iid', 'dirichlet' or 'column'; "
+                'did you mean "dirichlet"?'
+            ),
+        ),
+        ("privacy", "epsilonn", 3, 'privacy.epsilonn: unknown key; did you mean "epsilon"?'),
+        ("model", "latnt", 3, 'model.latnt: unknown key; did you mean "latent"?'),
+        # The file's name for it is `schema`; the attribute's name is none of the user's business.
+        ("data", "schema_file", "s.toml", 'data.schema_file: unknown key; did you mean "schema"?'),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line(
+    section: str, option: str, value: object, line: str
+) -> None:
+    assert refusal(raw_config(**{section: {option: value}})) == line
+
+
+def test_an_unknown_section_gets_the_nearest_one() -> None:
+    assert refusal(raw_config(pivacy={})) == 'pivacy: unknown key; did you mean "privacy"?'
+
+
+def test_an_unknown_key_like_no_other_gets_the_known_ones() -> None:
+    line = refusal(raw_config(clean={"zzz": 1}))
+    assert line == "clean.zzz: unknown key; known are type_error, unknown_category, out_of_bounds"
+
+
+def test_a_section_that_is_no_table_is_refused() -> None:
+    line = refusal({**raw_config(), "privacy": 3})
+    assert line == "privacy = 3: must be a section, [privacy]"
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        ({"model": {"family": "vae"}}, "data: missing: it has no default"),
+        ({"data": {}, "model": {"family": "vae"}}, "data.source: missing: it has no default"),
+        (
+            {"data": {"source": "sklearn:digits"}, "model": {}},
+            "model.family: missing: it has no default",
+        ),
+    ],
+)
+def test_what_has_no_default_must_be_given(raw: dict[str, Any], line: str) -> None:
+    assert refusal(raw) == line
+
+
+def test_an_empty_source_is_refused() -> None:
+    assert refusal(raw_config(data={"source": ""})).startswith('data.source = ""')
+
+
+def test_the_unknown_family_comes_before_its_unknown_options_and_counts_them() -> None:
+    line = refusal(raw_config(model={"family": "vea", "a": 1, "b": 2}))
+    assert line == ('model.family = "vea": must be \'vae\'; did you mean "vae"? (and 2 more)')
+
+
+@pytest.mark.parametrize(("holdout", "audit"), [(0.5, 0.5), (0.9, 0.2), (0.3, 0.7)])
+def test_something_must_be_left_to_train_on(holdout: float, audit: float) -> None:
+    line = refusal(raw_config(data={"holdout": holdout, "audit": audit}))
+    assert line.startswith(f"data.holdout + data.audit = {holdout + audit:g}: must leave records")
+
+
+def test_shares_that_leave_a_little_are_fine() -> None:
+    kept = config(data={"holdout": 0.5, "audit": 0.4})
+    assert kept.training_records == pytest.approx(179.7)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"partition": "column"}, {"partition": "iid", "column": "x"}, {"column": "x"}],
+)
+def test_a_column_goes_with_its_partition_only(data: dict[str, Any]) -> None:
+    line = refusal(raw_config(data=data))
+    assert line.startswith(f"data.column = {data.get('column')!r}")
+    assert 'data.partition = "column"' in line
+
+
+def test_a_column_with_its_partition_is_fine() -> None:
+    assert config(data={"partition": "column", "column": "x"}).data.column == "x"
+
+
+def test_a_value_with_a_line_break_still_gives_one_line() -> None:
+    assert refusal(raw_config(model={"family": "a\nb"})).startswith('model.family = "a\\nb"')
+
+
+def test_errors_carry_the_exit_code_of_a_wrong_call() -> None:
+    assert ConfigError("x").exit_code == 2
+    assert FedveilError("x").exit_code == 1
+    assert issubclass(ConfigError, FedveilError)
+
+
+def test_whole_numbers_serve_as_numbers() -> None:
+    assert config(privacy={"epsilon": 3}).privacy.epsilon == 3.0
+
+
+# Files.
+
+
+def test_a_missing_file_names_itself_and_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "absent.toml"
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == (
+        f"{path}: cannot be read (No such file or directory); check the path"
+    )
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[data\nsource=", b"\xff\xfe\x00", b"a = 1\na = 2\n"])
+def test_what_is_no_toml_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: is not TOML: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_in_the_file_are_relative_to_it(
+    write_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = write_file(
+        "runs/run.toml",
+        '[data]\nsource = "../adult.csv"\nschema = "adult.toml"\n[model]\nfamily = "vae"\n',
+    )
+    data = load_config(path).data
+    assert data.source == str(tmp_path / "adult.csv")
+    assert data.schema_file == str(tmp_path / "runs" / "adult.toml")
+
+
+def test_paths_in_settings_are_relative_to_the_working_directory(
+    write_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = write_file("runs/run.toml", SMALL + "\n")
+    data = load_config(path, {"data.source": "mine.csv", "data.schema": "mine.toml"}).data
+    assert data.source == str(tmp_path / "elsewhere" / "mine.csv")
+    assert data.schema_file == str(tmp_path / "elsewhere" / "mine.toml")
+
+
+def test_absolute_paths_and_built_in_sources_stay(write_file: WriteFile) -> None:
+    path = write_file("run.toml", SMALL)
+    assert load_config(path).data.source == "sklearn:digits"
+    assert load_config(path, {"data.source": "/srv/x.csv"}).data.source == "/srv/x.csv"
+
+
+def test_settings_win_over_the_file(write_file: WriteFile) -> None:
+    path = write_file("run.toml", SMALL + "[privacy]\nepsilon = 8.0\ndelta = 1e-6\n")
+    found = load_config(path, {"privacy.epsilon": 2, "federation.sites": 4})
+    assert (found.privacy.epsilon, found.privacy.delta, found.federation.sites) == (2.0, 1e-6, 4)
+
+
+def test_a_bad_setting_names_its_field(write_file: WriteFile) -> None:
+    path = write_file("run.toml", SMALL)
+    with pytest.raises(ConfigError, match=r"^privacy.epsilon = -1: must be > 0$"):
+        load_config(path, {"privacy.epsilon": -1})
+
+
+def test_a_setting_below_a_value_is_refused() -> None:
+    raw = raw_config(federation={"sites": 3})
+    with pytest.raises(ConfigError, match=r"^federation\.sites\.x: sites is no section$"):
+        override(raw, {"federation.sites.x": 1})
+
+
+# parse_setting.
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("privacy.epsilon=3", "privacy.epsilon", 3),
+        ("privacy.epsilon=3.5", "privacy.epsilon", 3.5),
+        ("privacy.delta=1e-6", "privacy.delta", 1e-6),
+        ("data.partition=dirichlet", "data.partition", "dirichlet"),
+        ('data.partition="dirichlet"', "data.partition", "dirichlet"),
+        ("a.b=true", "a.b", True),
+        ("a.b=[1, 2]", "a.b", [1, 2]),
+        ("a.b={c = 1}", "a.b", {"c": 1}),
+        ("data.source=../my data.csv", "data.source", "../my data.csv"),
+        (" a.b = 3 ", "a.b", 3),
+        (" a.b = text ", "a.b", "text"),
+        ("a.b=x=y", "a.b", "x=y"),
+        ("a.b=", "a.b", ""),
+        ("a.b.c=1", "a.b.c", 1),
+    ],
+)
+def test_a_setting_is_a_key_and_a_toml_value(text: str, key: str, value: object) -> None:
+    found = parse_setting(text)
+    assert found == (key, value)
+    assert type(found[1]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["privacy.epsilon", "epsilon=3", "", "=3", "epsilon=0.5"])
+def test_a_setting_without_section_or_value_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_setting(text)
+    assert str(caught.value) == (
+        f"--set {text}: must be section.key=value, such as privacy.epsilon=3"
+    )
+
+
+def test_a_setting_holds_one_value() -> None:
+    """A line break must not smuggle in, or silently lose, a second one."""
+    key, value = parse_setting("privacy.epsilon=3\nrounds = 4")
+    assert (key, value) == ("privacy.epsilon", "3\nrounds = 4")
+
+
+# Derived defaults, by hand.
+
+
+def test_delta_by_default() -> None:
+    # 1797^-1.5 = 1 / (1797 * 42.391) = 1.3127e-5, more than 1e-5.
+    assert config().delta == 1e-5
+    # 10_000^-1.5 = 1e-6, less than 1e-5.
+    assert config(data={"records": 10_000}).delta == pytest.approx(1e-6, rel=1e-12)
+    assert config(privacy={"delta": 1e-3}).delta == 1e-3
+
+
+def test_sampling_rate_by_default() -> None:
+    # 1797 records, a tenth held out: 1617.3 to train on.
+    assert config().training_records == pytest.approx(1617.3)
+    assert config().sampling_rate == pytest.approx(512 / 1617.3)
+    # Held out and audited: 10_000 * 0.7 = 7_000.
+    shared = {"records": 10_000, "holdout": 0.2, "audit": 0.1}
+    assert config(data=shared).sampling_rate == pytest.approx(512 / 7_000)
+    assert config(privacy={"sampling_rate": 0.25}).sampling_rate == 0.25
+
+
+def test_sampling_rate_is_a_site_s_own_under_fedavg() -> None:
+    shared = {"records": 100_000, "holdout": 0.0}
+    local = {"mechanism": "local"}
+    # 100_000 / 10 sites = 10_000 records at each.
+    assert config(data=shared, privacy=local).sampling_rate == pytest.approx(0.0512)
+    # 1617.3 / 10 sites are fewer than 512: every record is in every step.
+    assert config(privacy=local).sampling_rate == 1.0
+
+
+def test_sampling_rate_never_passes_one() -> None:
+    assert config(data={"records": 100}).sampling_rate == 1.0
+
+
+@pytest.mark.parametrize(("strategy", "rate"), [("adam", 0.005), ("sgd", 0.5), ("fedavg", 0.005)])
+def test_learning_rate_by_strategy(strategy: str, rate: float) -> None:
+    chosen = config(privacy={"mechanism": "none"}, aggregation={"strategy": strategy})
+    assert chosen.learning_rate == rate
+    asked: dict[str, dict[str, Any]] = {
+        "training": {"learning_rate": 0.03},
+        "aggregation": {"strategy": strategy},
+    }
+    assert config(privacy={"mechanism": "none"}, **asked).learning_rate == 0.03
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "strategy"), [("central", "adam"), ("local", "fedavg"), ("none", "adam")]
+)
+def test_strategy_by_mechanism(mechanism: str, strategy: str) -> None:
+    assert config(privacy={"mechanism": mechanism}).strategy == strategy
+
+
+@pytest.mark.parametrize(("sites", "replies"), [(1, 1), (2, 2), (3, 2), (10, 6), (11, 6)])
+def test_more_than_half_the_sites_must_reply(sites: int, replies: int) -> None:
+    assert config(federation={"sites": sites}).min_replies == replies
+
+
+def test_records_of_built_in_sources_are_known_and_of_others_asked_for() -> None:
+    assert config().records == 1797
+    assert config(data={"source": "sklearn:breast_cancer"}).records == 569
+    assert config(data={"records": 2000}).records == 2000
+    unknown = config(data={"source": "/srv/x.csv"})
+    with pytest.raises(ConfigError, match=r"^data\.records: missing: declare the public size"):
+        _ = unknown.records
+
+
+def test_published_sizes_are_what_scikit_learn_ships() -> None:
+    from sklearn import datasets
+
+    sizes = {
+        f"sklearn:{name}": len(getattr(datasets, f"load_{name}")().target)
+        for name in ("digits", "breast_cancer")
+    }
+    assert sizes == BUILT_IN_SIZES
+
+
+# resolved().
+
+
+def test_resolved_writes_the_derived_values_in() -> None:
+    found = config().resolved()
+    assert found.federation.min_replies == 6
+    assert found.data.records == 1797
+    assert found.training.learning_rate == 0.005
+    assert found.privacy.delta == 1e-5
+    assert found.privacy.sampling_rate == pytest.approx(512 / 1617.3)
+    assert found.aggregation.strategy == "adam"
+
+
+runs = st.builds(
+    lambda mechanism, sites, records, holdout, epsilon: config(
+        federation={"sites": sites},
+        data={"records": records, "holdout": holdout},
+        privacy={"mechanism": mechanism, "epsilon": epsilon},
+    ),
+    st.sampled_from(MECHANISMS),
+    st.integers(1, 50),
+    st.none() | st.integers(1, 10**9),
+    st.floats(0, 0.99),
+    st.floats(0.01, 100),
+)
+
+
+@given(runs)
+def test_resolving_changes_nothing_in_force_and_nothing_twice(run: RunConfig) -> None:
+    once = run.resolved()
+    assert once.resolved() == once
+    for name in (
+        "strategy", "records", "training_records", "delta", "sampling_rate", "learning_rate",
+        "min_replies",
+    ):  # fmt: skip
+        assert getattr(once, name) == getattr(run, name)
+
+
+@given(runs)
+def test_a_resolved_run_survives_plain_values_and_json(run: RunConfig) -> None:
+    once = run.resolved()
+    assert validated(RunConfig, once.model_dump(by_alias=True)) == once
+    text = json.dumps(once.model_dump(by_alias=True, mode="json"))
+    assert validated(RunConfig, json.loads(text)) == once
+    assert RunConfig.model_validate_json(once.model_dump_json(by_alias=True)) == once
+
+
+def test_a_schema_survives_under_its_name_in_the_file() -> None:
+    once = config(data={"schema": "/srv/s.toml"}).resolved()
+    assert once.model_dump(by_alias=True)["data"]["schema"] == "/srv/s.toml"
+    assert validated(RunConfig, once.model_dump(by_alias=True)) == once
+
+
+def test_a_run_is_frozen() -> None:
+    run = config()
+    with pytest.raises(ValidationError, match="frozen"):
+        run.privacy.epsilon = 100.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        run.privacy = run.privacy  # type: ignore[misc]
+
+
+# What goes with what: every cell.
+
+
+def test_every_mechanism_has_a_row() -> None:
+    assert set(COMPATIBILITY) == set(MECHANISMS)
+    for allowed in COMPATIBILITY.values():
+        assert allowed.against
+        assert allowed.strategies
+        assert set(allowed.strategies) <= set(STRATEGIES)
+        assert allowed.units
+        assert set(allowed.units) <= set(UNITS)
+
+
+def test_the_table_is_the_design_s() -> None:
+    """The design's cells, by hand: a server optimiser needs un-noised sums, fedavg full noise."""
+    assert {name: set(row.strategies) for name, row in COMPATIBILITY.items()} == {
+        "central": {"adam", "sgd"},
+        "local": {"fedavg"},
+        "none": {"adam", "sgd", "fedavg"},
+    }
+    assert "NOBODY" in COMPATIBILITY["none"].against
+    assert COMPATIBILITY["central"].against.startswith("everyone but the server")
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_each_cell_is_accepted_or_refused_as_the_table_says(
+    mechanism: MechanismName, strategy: StrategyName, unit: UnitName
+) -> None:
+    raw = raw_config(
+        privacy={"mechanism": mechanism, "unit": unit}, aggregation={"strategy": strategy}
+    )
+    allowed = COMPATIBILITY[mechanism]
+    if strategy in allowed.strategies and unit in allowed.units:
+        assert validated(RunConfig, raw).strategy == strategy
+        return
+    line = refusal(raw)
+    assert f'privacy.mechanism = "{mechanism}"' in line
+    if strategy not in allowed.strategies:
+        assert line.startswith(f'aggregation.strategy = "{strategy}"')
+        assert all(f'"{choice}"' in line.split("; use ")[1] for choice in allowed.strategies)
+    else:
+        assert line.startswith(f'privacy.unit = "{unit}"')
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_fedavg_takes_several_local_steps(strategy: StrategyName) -> None:
+    raw = raw_config(
+        privacy={"mechanism": "none"},
+        aggregation={"strategy": strategy},
+        training={"local_steps": 5},
+    )
+    if strategy == "fedavg":
+        assert validated(RunConfig, raw).training.local_steps == 5
+    else:
+        assert refusal(raw).startswith(f"training.local_steps = 5: {strategy} takes one step")
+
+
+def test_importing_the_configuration_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys, fedveil.config; "
+        "print([m for m in ('torch', 'flwr', 'sklearn', 'scipy', 'matplotlib', 'opacus', 'polars') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
