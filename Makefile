@@ -24,7 +24,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	@mkdir -p $(VENV)/mypy && ln -sfn "$(CURDIR)" $(VENV)/mypy/fedveil
 	MYPYPATH=$(VENV)/mypy $(BIN)/mypy -p fedveil --exclude /benchmarks/
-	MYPYPATH=$(VENV)/mypy $(BIN)/mypy benchmarks
+	MYPYPATH=$(VENV)/mypy $(BIN)/mypy --explicit-package-bases benchmarks
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """What the simulation's transport costs: a round of a trivial app, beside a plain loop over it."""
 
 import copy
+from functools import partial
 
 import numpy as np
 from harness import interleaved, start
@@ -17,6 +18,7 @@ def main() -> None:
 
     @app.train("step")
     def step(message: Message, context: Context) -> Message:
+        del context
         task = read_task(message.content)
         return Message(pack(Update(task.run_id, task.round, task.arrays)), reply_to=message)
 
@@ -28,8 +30,8 @@ def main() -> None:
         with local_grid(app, nodes, 1) as grid:
             seconds = interleaved(
                 {
-                    "grid": lambda grid=grid: _round(grid, content),  # type: ignore[misc]
-                    "loop": lambda nodes=nodes: _loop(app, nodes, content),  # type: ignore[misc]
+                    "grid": partial(_round, grid, content),
+                    "loop": partial(_loop, app, nodes, content),
                 },
                 repeats=30,
             )

@@ -56,7 +56,7 @@ def machine() -> dict[str, str]:
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns, so that a drift of the machine is fair."""
+    """Median seconds of each contestant; they take turns, so that drift is fair."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for run in contestants.values():
         run()  # a warm-up that is not counted

@@ -165,9 +165,8 @@ def _negative_elbo(
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
     loss = loss + vae.options.beta * kl
     if vae.prior is not None:
-        loss = loss + F.cross_entropy(
-            vae.prior(torch.ones(len(batch.y), 1)), batch.y, reduction="none"
-        )
+        share = vae.prior(torch.ones(len(y), 1)).log_softmax(dim=1)
+        loss = loss - (share * y).sum(dim=1)
     return loss
 
 
@@ -228,9 +227,8 @@ def _log_scale(spread: Tensor) -> Tensor:
 
 
 def _one_hot(vae: Vae, labels: Tensor) -> Tensor:
-    if not vae.classes:
-        return torch.zeros(len(labels), 0)
-    return F.one_hot(labels, vae.classes).float()
+    """[B, classes]. A comparison, not `F.one_hot`: that one looks at the labels and may raise."""
+    return (labels[:, None] == torch.arange(vae.classes)).float()
 
 
 def _vae(module: nn.Module) -> Vae:

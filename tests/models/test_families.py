@@ -172,7 +172,7 @@ class TestGradients:
         # `initialise` starts some weights at zero, which may hide others' gradients: move them.
         with torch.no_grad():
             for index, parameter in enumerate(case.module.parameters()):
-                parameter += 0.05 * torch.randn(parameter.shape, generator=gen(index))
+                parameter.add_(torch.randn(parameter.shape, generator=gen(index)), alpha=0.05)
         total = clipped_sum(case.module, case.kind.example_losses, batch, 1.0, gen(), micro_batch=4)
         assert set(total) == set(names)
         silent = [name for name, gradient in total.items() if not gradient.any()]
@@ -218,15 +218,15 @@ class TestSamples:
         for block in case.schema.blocks:
             part = x[:, block.start : block.stop]
             if block.column.kind == "categorical":
-                assert set(part.unique().tolist()) <= {0.0, 1.0}
+                assert set(part.flatten().tolist()) <= {0.0, 1.0}
                 assert (part.sum(1) == 1).all()
             elif block.column.nullable:
-                assert set(part[:, 1].unique().tolist()) <= {0.0, 1.0}
+                assert set(part[:, 1].tolist()) <= {0.0, 1.0}
 
     def test_decode_into_the_declared_domain(self, case: Case) -> None:
         with torch.no_grad():  # far-out weights, for values at the ends of their ranges
             for index, parameter in enumerate(case.module.parameters()):
-                parameter += 3 * torch.randn(parameter.shape, generator=gen(index))
+                parameter.add_(torch.randn(parameter.shape, generator=gen(index)), alpha=3)
         drawn = case.kind.sample(case.module, 200, gen())
         encoded = Encoded(drawn.x.numpy(), drawn.y.numpy())
         decoded = modality(case.schema).decode(encoded, case.schema)

@@ -95,7 +95,8 @@ class TestLabels:
         generator = gen()
         for _ in range(200):
             optimiser.zero_grad()
-            KIND.example_losses(vae, batch, generator).mean().backward()  # type: ignore[no-untyped-call]
+            loss = KIND.example_losses(vae, batch, generator).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         drawn = KIND.sample(vae, 20_000, gen()).y
         shares = torch.bincount(drawn, minlength=3) / 20_000
@@ -127,12 +128,11 @@ def test_missing_and_extreme_pixels_give_finite_losses() -> None:
         assert losses.isfinite().all()
 
 
-@pytest.mark.parametrize("call", ["example_losses", "scores", "sample"])
-def test_another_module_is_refused(call: str) -> None:
+def test_another_module_is_refused() -> None:
     module, batch = nn.Linear(2, 2), Batch(torch.zeros(1, 2), torch.zeros(1).long())
     with pytest.raises(TypeError, match="Linear: is no Vae"):
-        {
-            "example_losses": lambda: KIND.example_losses(module, batch, gen()),
-            "scores": lambda: KIND.scores(module, batch),
-            "sample": lambda: KIND.sample(module, 1, gen()),
-        }[call]()
+        KIND.example_losses(module, batch, gen())
+    with pytest.raises(TypeError, match="Linear: is no Vae"):
+        KIND.scores(module, batch)
+    with pytest.raises(TypeError, match="Linear: is no Vae"):
+        KIND.sample(module, 1, gen())

@@ -66,7 +66,7 @@ def exact_epsilon(sigma: float, delta: float, rate: float = 1.0) -> float:
 
 
 def test_the_closed_forms_agree_with_published_values() -> None:
-    # sigma = sqrt(2 ln(1.25/delta))/epsilon is enough by Dwork and Roth; the exact delta is smaller.
+    # sigma = sqrt(2 ln(1.25/delta))/epsilon is enough (Dwork and Roth 2014).
     classic = math.sqrt(2 * math.log(1.25e5)) / 0.5
     assert 0 < gaussian_delta(0.5, classic) < 1e-5
     # auditing.md, Andrew et al. 2023 at delta 1e-6: sigma 4.22, 1.54, 0.541 -> 1, 3.01, 10.

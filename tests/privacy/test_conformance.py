@@ -76,10 +76,10 @@ def no_samples(
 
 
 ATTENDANCE = Family(
-    build=lambda options, schema: nn.Linear(8, 1, bias=False),
+    build=lambda _options, _schema: nn.Linear(8, 1, bias=False),
     example_losses=attendance_losses,
     sample=no_samples,
-    scores=lambda module, batch: batch.x.sum(1),
+    scores=lambda _module, batch: batch.x.sum(1),
 )
 
 
@@ -98,7 +98,8 @@ def digits_vae(config: RunConfig) -> nn.Module:
 
 
 def flat(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    return np.concatenate([a.astype(np.float64).ravel() for a in arrays.values()])
+    joined: np.ndarray = np.concatenate([a.astype(np.float64).ravel() for a in arrays.values()])
+    return joined
 
 
 def has_scale(residual: np.ndarray, scale: float) -> bool:
@@ -182,7 +183,8 @@ class TestResidualUnderCentral:
         )
         after = advance(state, Replies(sums, {}), module, config, priced, Coins(KEY))
         step = {n: state.model[n].astype(np.float64) - after.model[n] for n in state.model}
-        return flat(step) * priced.expected_batch - sum(flat(part) for part in sums)
+        noise: np.ndarray = flat(step) * priced.expected_batch - flat(sums[0]) - flat(sums[1])
+        return noise
 
     def test_released_sum_less_clipped_sum_is_noise_of_the_priced_scale(
         self, config: RunConfig
@@ -237,7 +239,8 @@ class TestResidualUnderLocal:
         records = Batch(torch.rand(30, 4000, generator=generator), torch.zeros(30).long())
         released = gradient_sum(ATTENDANCE, module, records, config, used, Coins(KEY))
         exact = clipped_sum(module, attendance_losses, records, 2.0, generator)
-        return flat(released) - flat({n: g.numpy() for n, g in exact.items()})
+        noise: np.ndarray = flat(released) - flat({n: g.numpy() for n, g in exact.items()})
+        return noise
 
     def test_what_leaves_the_site_has_noise_of_the_priced_scale(self, config: RunConfig) -> None:
         priced = plan(config)

@@ -78,9 +78,7 @@ class TestThePrice:
         assert priced.accountant == "PLD"
         assert {name for name, _ in priced.second_opinions} == {"rdp", "prv"}
 
-    def test_the_divisor_is_the_expected_batch_by_public_numbers(
-        self, configuration: RunConfig, priced: Plan
-    ) -> None:
+    def test_the_divisor_is_the_expected_batch_by_public_numbers(self, priced: Plan) -> None:
         pool = 1797 * 0.9 / (3 if priced.mechanism == "local" else 1)
         assert priced.expected_batch == pytest.approx(priced.sampling_rate * pool)
 

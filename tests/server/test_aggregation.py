@@ -112,7 +112,9 @@ class TestSgd:
 class TestAdam:
     def test_three_steps_by_hand(self, configured: Callable[..., RunConfig]) -> None:
         """With one gradient all along, each step is the learning rate against its sign."""
-        states = steps(configured("adam", rate=0.125), {"w": vector(1, 1)}, [{"w": vector(3, -5)}] * 3)
+        states = steps(
+            configured("adam", rate=0.125), {"w": vector(1, 1)}, [{"w": vector(3, -5)}] * 3
+        )
         for number, state in enumerate(states):
             assert state.model["w"] == pytest.approx(
                 [1 - 0.125 * number, 1 + 0.125 * number], abs=1e-6

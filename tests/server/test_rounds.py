@@ -435,9 +435,9 @@ class TestTrain:
         assert facts["run_id"] == "run-a"
         state = folder.load_checkpoint()
         assert state.round == 2
-        assert flat({n: arrays[n] for n in state.average}).tobytes() == flat(
-            state.average
-        ).tobytes()
+        assert (
+            flat({n: arrays[n] for n in state.average}).tobytes() == flat(state.average).tobytes()
+        )
 
     def test_sites_get_the_run_and_the_current_model(
         self, config: RunConfig, folder: RunFolder

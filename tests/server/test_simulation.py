@@ -321,9 +321,7 @@ class TestRuns:
                 models.append(digest(simulated(config, tmp_path / str(workers))))
         assert models[0] == models[1]
 
-    def test_each_site_has_a_folder_and_a_key_of_its_own(
-        self, finished_run: fedveil.Run
-    ) -> None:
+    def test_each_site_has_a_folder_and_a_key_of_its_own(self, finished_run: fedveil.Run) -> None:
         folders = sorted(p for p in (finished_run.path / "sites").iterdir() if p.is_dir())
         assert [folder.name for folder in folders] == ["site-001", "site-002", "site-003"]
         keys = [(f / "SIMULATED-split.key").read_text(encoding="utf-8") for f in folders]

@@ -1,0 +1,429 @@
+"""Every bad input is one line on stderr and an exit code: no traceback, no run folder."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import fedveil
+from fedveil import cli
+from fedveil.privacy import accounting
+from fedveil.privacy import plan as plan_module
+
+CONFIG = """
+[federation]
+sites = 2
+rounds = 2
+[data]
+source = "data.csv"
+schema = "schema.toml"
+records = 100
+[model]
+family = "vae"
+hidden = 4
+latent = 2
+[privacy]
+mechanism = "none"
+"""
+SCHEMA = """
+label = "ill"
+[[column]]
+name = "age"
+kind = "integer"
+bounds = [0, 120]
+[[column]]
+name = "weight"
+kind = "numeric"
+bounds = [0, 300]
+[[column]]
+name = "ill"
+kind = "categorical"
+categories = ["no", "yes"]
+"""
+IMAGES = """
+modality = "image"
+height = 8
+width = 8
+classes = ["0", "1"]
+"""
+DIGITS = CONFIG.replace('"data.csv"\nschema = "schema.toml"\nrecords = 100', '"sklearn:digits"')
+ROWS = [f"{20 + n},{60.5 + n},{'yes' if n % 3 else 'no'}" for n in range(20)]
+TABLE = "\n".join(["age,weight,ill", *ROWS]) + "\n"
+Files = dict[str, str | bytes]
+
+
+def changed(old: str, new: str, text: str = CONFIG) -> Files:
+    """A configuration with one change."""
+    assert old in text
+    return {"run.toml": text.replace(old, new)}
+
+
+def with_option(section: str, line: str, text: str = CONFIG) -> Files:
+    """A configuration with a line more."""
+    return changed(f"[{section}]\n", f"[{section}]\n{line}\n", text)
+
+
+def private(line: str) -> Files:
+    """A configuration with a mechanism."""
+    return changed('mechanism = "none"', line)
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    """An archive of arrays."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    """A single array."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def parquet(frame: pl.DataFrame) -> bytes:
+    """A table as Parquet."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def images(content: bytes | None, name: str = "data.npz", schema: str = IMAGES) -> Files:
+    """A run on images from a file."""
+    files: Files = {"schema.toml": schema, **changed("data.csv", name)}
+    if content is not None:
+        files[name] = content
+    return files
+
+
+def spoilt(content: bytes) -> bytes:
+    """The same with bytes in its midst turned round."""
+    middle = len(content) // 3
+    return (
+        content[:middle]
+        + bytes(255 - b for b in content[middle : middle + 60])
+        + content[middle + 60 :]
+    )
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
+LABELS = np.arange(20) % 2
+LISTS = pl.DataFrame({"age": [[1, 2]] * 4, "weight": [70.0] * 4, "ill": ["no", "yes"] * 2})
+
+CASES: dict[str, tuple[Files | None, str]] = {
+    "no configuration": (None, "run.toml: cannot be read"),
+    "empty configuration": ({"run.toml": ""}, "missing"),
+    "unparsable configuration": ({"run.toml": "[data\n"}, "run.toml: is not TOML"),
+    "binary configuration": ({"run.toml": b"\xff\xfe\x00"}, "run.toml: is not TOML"),
+    "a section that is none": ({"run.toml": "data = 3\nmodel = []\n"}, "data"),
+    "a key over two lines": (with_option("privacy", '"a\\nb" = 1'), "unknown key"),
+    "unknown key": (with_option("privacy", "epsilom = 1.0"), 'did you mean "epsilon"?'),
+    "unknown section": ({"run.toml": CONFIG + "[privacies]\na = 1\n"}, '"privacy"?'),
+    "unknown family": (changed('"vae"', '"vea"'), 'model.family = "vea"'),
+    "no family": (changed('family = "vae"\n', ""), "model.family: missing"),
+    "no source": (changed('source = "data.csv"\n', ""), "data.source: missing"),
+    "empty source": (changed('"data.csv"', '""'), "data.source"),
+    "unknown built-in source": (
+        {"run.toml": DIGITS.replace("digits", "iris")}, "data.source = sklearn:iris: unknown"
+    ),
+    "unknown kind of source": (changed("data.csv", "data.xyz"), "data.source"),
+    "unknown mechanism": (private('mechanism = "magic"'), "privacy.mechanism"),
+    "unknown strategy": (
+        {"run.toml": CONFIG + '[aggregation]\nstrategy = "mean"\n'}, "aggregation.strategy"
+    ),
+    "mechanism and strategy": (
+        {"run.toml": DIGITS.replace('"none"', '"local"') + '[aggregation]\nstrategy = "adam"\n'},
+        "does not go with",
+    ),
+    "epsilon 0": (private("epsilon = 0.0"), "privacy.epsilon = 0.0: must be > 0"),
+    "epsilon -1": (private("epsilon = -1"), "privacy.epsilon = -1"),
+    "epsilon nan": (private("epsilon = nan"), "privacy.epsilon"),
+    "epsilon inf": (private("epsilon = inf"), "privacy.epsilon"),
+    "epsilon text": (private('epsilon = "much"'), 'privacy.epsilon = "much"'),
+    "epsilon out of reach": (private("epsilon = 1e-7"), "privacy.epsilon"),
+    "delta 1": (private("delta = 1.0"), "privacy.delta = 1.0: must be < 1"),
+    "delta 2": (private("delta = 2.0"), "privacy.delta"),
+    "delta 0": (private("delta = 0.0"), "privacy.delta"),
+    "delta nan": (private("delta = nan"), "privacy.delta"),
+    "clipping norm 0": (private("clipping_norm = 0.0"), "privacy.clipping_norm"),
+    "sampling rate above 1": (private("sampling_rate = 1.5"), "privacy.sampling_rate"),
+    "zero sites": (changed("sites = 2", "sites = 0"), "federation.sites = 0: must be >= 1"),
+    "half a site": (changed("sites = 2", "sites = 2.5"), "federation.sites"),
+    "zero rounds": (changed("rounds = 2", "rounds = 0"), "federation.rounds = 0: must be >= 1"),
+    "more sites than records": (changed("sites = 2", "sites = 21"), "federation.sites = 21"),
+    "more replies than sites": (with_option("federation", "min_replies = 3"), "min_replies = 3"),
+    "all held out": (with_option("data", "holdout = 0.5\naudit = 0.5"), "data.holdout"),
+    "no records declared": (changed("records = 100\n", ""), "data.records"),
+    "no schema declared": (changed('schema = "schema.toml"\n', ""), "data.schema"),
+    "no schema file": (changed("schema.toml", "gone.toml"), "gone.toml: cannot be read"),
+    "unparsable schema": ({"schema.toml": "= ="}, "schema.toml: is not TOML"),
+    "empty schema": ({"schema.toml": ""}, "schema.toml"),
+    "unknown modality": ({"schema.toml": 'modality = "sound"'}, "modality"),
+    "modality that is a list": ({"schema.toml": 'modality = ["table"]'}, "modality"),
+    "schema of images for a table": ({"schema.toml": IMAGES}, "data"),
+    "schema of a table for images": (
+        {"run.toml": CONFIG.replace("data.csv", "sklearn:digits")}, "schema"
+    ),
+    "unknown column to share out by": (
+        with_option("data", 'partition = "column"\ncolumn = "town"'), 'data.column = "town"'
+    ),
+    "no data file": ({"data.csv": ""}, "data.csv"),
+    "data file that is gone": (changed("data.csv", "gone.csv"), "gone.csv: is no file"),
+    "header only": ({"data.csv": "age,weight,ill\n"}, "holds no records"),
+    "binary data": ({"data.csv": b"\x00\x01\xff\xfe" * 100}, "data.csv"),
+    "ragged data": ({"data.csv": TABLE + "1,2,no,4,5\n"}, "data.csv"),
+    "a column missing": ({"data.csv": TABLE.replace("weight", "height")}, '"weight" is missing'),
+    "a column twice": ({"data.csv": TABLE.replace("age,weight", "age, age,weight")}, "data.csv"),
+    "a header over two lines": (
+        {"data.csv": TABLE.replace("age,weight", '"a\nge",weight')}, '"age" is missing'
+    ),
+    "a column of wrong type": (
+        {"data.csv": "age,weight,ill\n" + "old,70,no\n" * 9}, 'column "age"'
+    ),
+    "a column of unknown categories": (
+        {"data.csv": TABLE.replace("yes", "1").replace("no", "0")}, 'column "ill"'
+    ),
+    "a column of nothing": ({"data.csv": "age,weight,ill\n" + ",70,no\n" * 9}, "none of 9 records"),
+    "all records unusable": (
+        {"data.csv": "age,weight,ill\n" + "1,,no\n,70,yes\n" * 5}, "none of 10 records is usable"
+    ),
+    "garbage for Parquet": (
+        {**changed("data.csv", "data.parquet"), "data.parquet": b"PAR1 garbage"}, "data.parquet"
+    ),
+    "empty Parquet": ({**changed("data.csv", "data.parquet"), "data.parquet": b""}, "data.parquet"),
+    "lists in Parquet": (
+        {**changed("data.csv", "data.parquet"), "data.parquet": parquet(LISTS)}, "age"
+    ),
+    "no images": (images(None), "data.npz"),
+    "empty images": (images(b""), "data.npz"),
+    "garbage for images": (images(b"garbage"), "data.npz"),
+    "half an archive": (images(npz(images=PIXELS, labels=LABELS)[:300]), "data.npz"),
+    "a spoilt archive": (images(spoilt(npz(images=PIXELS, labels=LABELS))), "data.npz"),
+    "one array for an archive": (images(npy(PIXELS)), "data.npz"),
+    "an archive without images": (images(npz(labels=LABELS)), 'no array "images"'),
+    "an archive without labels": (images(npz(images=PIXELS)), 'no array "labels"'),
+    "one number for images": (images(npz(images=np.array(3), labels=LABELS)), "data.npz"),
+    "an archive of no images": (images(npz(images=PIXELS[:0], labels=LABELS[:0])), "no images"),
+    "images of wrong shape": (
+        images(npz(images=PIXELS[:, :4], labels=LABELS)), "the schema declares (8, 8, 1) uint8"
+    ),
+    "images of wrong type": (
+        images(npz(images=PIXELS / 255, labels=LABELS)), "the schema declares (8, 8, 1) uint8"
+    ),
+    "too few labels": (images(npz(images=PIXELS, labels=LABELS[:5])), "one label"),
+    "pickled images": (
+        images(npz(images=np.array([None]), labels=LABELS)), "data.npz"
+    ),
+    "unknown classes": (images(npz(images=PIXELS, labels=LABELS + 7)), "none of 20 images"),
+    "images of a size that the model cannot halve": (
+        images(npz(images=PIXELS, labels=LABELS), schema=IMAGES.replace("8", "10")), "multiples of 4"
+    ),
+}  # fmt: skip
+
+
+def lay(folder: Path, files: Files) -> None:
+    """Writes a whole run's files, those given instead of the good ones."""
+    good: Files = {"run.toml": CONFIG, "schema.toml": SCHEMA, "data.csv": TABLE}
+    for name, content in {**good, **files}.items():
+        data = content.encode() if isinstance(content, str) else content
+        (folder / name).write_bytes(data)
+
+
+Call = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Call:
+    """Calls the console script's function in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedveil", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def assert_refused(
+    result: tuple[object, str, str], said: str, codes: tuple[int, ...] = (2,)
+) -> None:
+    """One line that says so, on stderr, and an exit code."""
+    code, out, err = result
+    assert out == ""
+    assert err.startswith("error: "), err
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    assert said in err
+    assert code in codes
+
+
+class TestSimulate:
+    def test_the_good_run_that_the_others_spoil(self, call: Call, tmp_path: Path) -> None:
+        lay(tmp_path, {})
+        code, out, err = call("simulate", "run.toml", "--out", "run", "--json")
+        assert (code, err) == (0, "")
+        assert '"rounds": 2' in out
+
+    def test_the_good_images(self, call: Call, tmp_path: Path) -> None:
+        lay(tmp_path, images(npz(images=PIXELS, labels=LABELS)))
+        assert call("simulate", "run.toml", "--dry-run")[0] == 0
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_bad(self, call: Call, tmp_path: Path, case: str) -> None:
+        files, said = CASES[case]
+        if files is not None:
+            lay(tmp_path, files)
+        before = sorted(tmp_path.rglob("*"))
+        assert_refused(call("simulate", "run.toml", "--out", "out/run"), said)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize(
+        ("setting", "said"),
+        [
+            ("privacy.epsilon", "must be section.key=value"),
+            ("epsilon=3", "must be section.key=value"),
+            ("privacy.epsilon=", "privacy.epsilon"),
+            ("privacy.epsilon=-1", "privacy.epsilon = -1"),
+            ("privacy.epsilom=1", 'did you mean "epsilon"?'),
+            ("nonsense.a=1", "unknown key"),
+            ("privacy.epsilon.a=1", "privacy"),
+            ("data.source=gone.csv", "gone.csv: is no file"),
+            ("model.family=gan2", "model.family"),
+            (".=1", "unknown key"),
+        ],
+    )
+    def test_bad_settings(self, call: Call, tmp_path: Path, setting: str, said: str) -> None:
+        lay(tmp_path, {})
+        before = sorted(tmp_path.rglob("*"))
+        assert_refused(call("simulate", "run.toml", "--set", setting), said)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize("out", ["run.toml", "run.toml/run", "full"])
+    def test_no_place_for_the_run(self, call: Call, tmp_path: Path, out: str) -> None:
+        lay(tmp_path, {})
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "thesis.txt").write_text("mine", encoding="utf-8")
+        before = sorted(tmp_path.rglob("*"))
+        assert_refused(call("simulate", "run.toml", "--out", out), f"--out {out}")
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_accountants_that_disagree(
+        self, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`Do not run` is for the user to read, not a traceback."""
+
+        def doubt(*arguments: object) -> None:
+            raise accounting.AccountingError("the accountants disagree")
+
+        monkeypatch.setattr(plan_module, "calibrate", lambda *a: accounting.Releases(1.0, 0.5, 2))
+        monkeypatch.setattr(plan_module, "pld_epsilon", lambda *a: 1.0)
+        monkeypatch.setattr(plan_module, "cross_check", doubt)
+        lay(tmp_path, private('mechanism = "central"'))
+        before = sorted(tmp_path.rglob("*"))
+        result = call("simulate", "run.toml", "--out", "run")
+        assert_refused(result, "the accountants disagree", codes=(1, 2))
+        assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize("case", ["epsilon -1", "a column missing"])
+    def test_in_a_process(self, tmp_path: Path, case: str) -> None:
+        files, said = CASES[case]
+        assert files is not None
+        lay(tmp_path, files)
+        done = subprocess.run(
+            [sys.executable, "-m", "fedveil", "simulate", "run.toml"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert_refused((done.returncode, done.stdout, done.stderr), said)
+        assert not (tmp_path / "runs").exists()
+
+
+class TestSample:
+    @pytest.mark.parametrize("folder", ["gone", "empty", "file"])
+    def test_no_run(self, call: Call, tmp_path: Path, folder: str) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "file").write_text("mine", encoding="utf-8")
+        result = call("sample", folder, "-o", "a.png")
+        assert_refused(result, "metrics.json", codes=(1, 2))
+        assert not (tmp_path / "a.png").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("model.safetensors", b""),
+            ("model.safetensors", b"garbage"),
+            ("model.safetensors", None),
+            ("schema.json", None),
+            ("schema.json", b"\xff"),
+            ("config.toml", None),
+            ("metrics.json", b"{}"),
+        ],
+    )
+    def test_a_damaged_run(
+        self,
+        call: Call,
+        finished_run: fedveil.Run,
+        tmp_path: Path,
+        name: str,
+        content: bytes | None,
+    ) -> None:
+        copied = tmp_path / "run"
+        copied.mkdir()
+        for part in ("metrics.json", "schema.json", "config.toml", "model.safetensors"):
+            (copied / part).write_bytes((finished_run.path / part).read_bytes())
+        if content is None:
+            (copied / name).unlink()
+        else:
+            (copied / name).write_bytes(content)
+        assert_refused(call("sample", copied, "-o", "a.png"), "", codes=(1, 2))
+        assert not (tmp_path / "a.png").exists()
+
+    def test_a_model_with_a_flipped_header(self, finished_run: fedveil.Run, tmp_path: Path) -> None:
+        copied = tmp_path / "run"
+        copied.mkdir()
+        for part in ("metrics.json", "schema.json", "config.toml", "model.safetensors"):
+            (copied / part).write_bytes((finished_run.path / part).read_bytes())
+        whole = (copied / "model.safetensors").read_bytes()
+        (copied / "model.safetensors").write_bytes(whole[:-10])
+        done = subprocess.run(
+            [sys.executable, "-m", "fedveil", "sample", "run", "-o", "a.png"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert_refused((done.returncode, done.stdout, done.stderr), "model.safetensors", codes=(1,))
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (["-o", "a.csv"], "--out a.csv"),
+            (["-o", "a"], "--out a"),
+            (["-o", "gone/a.png"], "--out gone/a.png: cannot be written"),
+            (["-o", "a.png", "-n", "0"], "n = 0"),
+            (["-o", "a.npz", "-n", "-5"], "n = -5"),
+            (["-o", "a.npz", "--seed", str(2**80)], "seed"),
+        ],
+    )
+    def test_bad_options(
+        self, call: Call, finished_run: fedveil.Run, tmp_path: Path, options: list[str], said: str
+    ) -> None:
+        assert_refused(call("sample", finished_run.path, *options), said)
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,321 @@
+"""The command line is a contract: what goes to stdout, what to stderr, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import pytest
+
+import fedveil
+from fedveil import cli
+from fedveil import run as run_module
+from fedveil.config import FedveilError
+from fedveil.export import read_provenance
+
+HEAVY = ("torch", "flwr", "sklearn", "scipy", "matplotlib", "opacus", "polars", "numpy")
+TINY = """
+[federation]
+sites = 2
+rounds = 1
+[data]
+source = "sklearn:digits"
+[model]
+family = "vae"
+width = 4
+latent = 2
+[privacy]
+mechanism = "none"
+"""
+
+
+class Result(NamedTuple):
+    """How a call ended."""
+
+    code: object
+    out: str
+    err: str
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Call:
+    """Calls the console script's function in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fedveil", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A configuration file of one quick round."""
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY, encoding="utf-8")
+    return file
+
+
+def process(*arguments: object, cwd: Path) -> Result:
+    """A process of its own."""
+    done = subprocess.run(
+        [*map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def script() -> Path:
+    """The console script of this environment."""
+    return Path(sys.executable).parent / "fedveil"
+
+
+class TestStart:
+    @pytest.mark.parametrize("how", ["script", "module"])
+    def test_help(self, how: str, tmp_path: Path) -> None:
+        command = [script()] if how == "script" else [sys.executable, "-m", "fedveil"]
+        result = process(*command, "--help", cwd=tmp_path)
+        assert result.code == 0
+        assert result.err == ""
+        for word in ("simulate", "sample", "init", "--version", "--debug"):
+            assert word in result.out
+        assert "Usage: fedveil" in result.out
+
+    def test_version(self, call: Call) -> None:
+        assert call("--version") == (0, f"fedveil {fedveil.__version__}\n", "")
+
+    @pytest.mark.parametrize("module", ["fedveil", "fedveil.cli", "fedveil.config"])
+    def test_nothing_heavy_is_imported(self, module: str, tmp_path: Path) -> None:
+        code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+        assert process(sys.executable, "-c", code, cwd=tmp_path).out == "[]\n"
+
+    def test_nor_by_a_dry_error(self, tmp_path: Path) -> None:
+        """A wrong configuration is told at once."""
+        code = (
+            "import sys; sys.argv = ['fedveil', 'simulate', 'gone.toml']\n"
+            "from fedveil.cli import main\n"
+            "try:\n    main()\nexcept SystemExit:\n    pass\n"
+            f"print([m for m in {HEAVY!r} if m in sys.modules])"
+        )
+        assert process(sys.executable, "-c", code, cwd=tmp_path).out == "[]\n"
+
+    def test_no_command_is_a_wrong_call(self, call: Call) -> None:
+        assert call().code == 2
+
+    @pytest.mark.parametrize(
+        "wrong", [["fly"], ["simulate"], ["--fly"], ["sample", "x", "-n", "y"]]
+    )
+    def test_wrong_calls(self, call: Call, wrong: list[str]) -> None:
+        result = call(*wrong)
+        assert result.code == 2
+        assert result.out == ""
+        assert "Error" in result.err
+        assert "Traceback" not in result.err
+
+
+class TestSimulate:
+    def test_json_is_all_of_stdout(self, tiny: Path, tmp_path: Path) -> None:
+        """In a process, so that nothing can slip past."""
+        result = process(script(), "simulate", tiny, "--json", "--out", "run", cwd=tmp_path)
+        assert result.code == 0, result.err
+        assert len(result.out.splitlines()) == 1
+        assert json.loads(result.out) == fedveil.load(tmp_path / "run").metrics
+
+    def test_a_summary(self, call: Call, tiny: Path, tmp_path: Path) -> None:
+        result = call("simulate", tiny, "--out", "run")
+        assert result.code == 0
+        assert "1 rounds, 2 sites" in result.out
+        assert "NOT PRIVATE" in result.out
+        assert "run/samples.png" in result.out
+        assert (tmp_path / "run" / "metrics.json").is_file()
+
+    def test_the_promise_of_a_private_run(
+        self, call: Call, finished_run: fedveil.Run, monkeypatch: pytest.MonkeyPatch, tiny: Path
+    ) -> None:
+        monkeypatch.setattr(run_module, "simulate", lambda *a, **k: finished_run)
+        result = call("simulate", tiny)
+        assert f"epsilon {finished_run.privacy['epsilon']:.3f} of 8" in result.out
+        assert "mechanism central" in result.out
+        assert "Protects one record against everyone but the server" in result.out
+
+    def test_settings_win(self, call: Call, tiny: Path, tmp_path: Path) -> None:
+        result = call(
+            "simulate", tiny, "--set", "federation.sites=3", "--set", "federation.name=other",
+            "--set", "federation.rounds = 2", "--json", "--out", "run",
+        )  # fmt: skip
+        assert result.code == 0
+        metrics = json.loads(result.out)
+        assert (metrics["sites"], metrics["rounds"]) == (3, 2)
+        assert fedveil.load(tmp_path / "run").config.federation.name == "other"
+
+    def test_without_out_it_goes_below_runs(self, call: Call, tiny: Path, tmp_path: Path) -> None:
+        assert call("simulate", tiny, "--json").code == 0
+        assert len(list((tmp_path / "runs").iterdir())) == 1
+
+    def test_a_dry_run_prints_the_plan_and_writes_nothing(
+        self, call: Call, tiny: Path, tmp_path: Path, finished_run: fedveil.Run
+    ) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        priced = finished_run.path / "config.toml"
+        result = call("simulate", priced, "--dry-run", "--out", "run")
+        assert result.code == 0
+        for word in ("epsilon", "noise_multiplier", "sampling_rate", "against", "central"):
+            assert word in result.out
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_a_dry_run_as_json(self, call: Call, tmp_path: Path, finished_run: fedveil.Run) -> None:
+        result = call("simulate", finished_run.path / "config.toml", "--dry-run", "--json")
+        assert (result.code, result.err) == (0, "")
+        found = json.loads(result.out)
+        assert found["epsilon"] == finished_run.privacy["epsilon"]
+        assert found["schedule"][-1] == found["epsilon"]
+        assert len(found["schedule"]) == found["rounds"] == 2
+        assert not list(tmp_path.iterdir())
+
+    def test_a_dry_run_without_a_mechanism(self, call: Call, tiny: Path) -> None:
+        result = call("simulate", tiny, "--dry-run", "--json")
+        found = json.loads(result.out)
+        assert (found["epsilon"], found["clipping_norm"], found["schedule"]) == (None, None, [])
+
+    def test_paths_are_relative_to_the_file(self, call: Call, tmp_path: Path) -> None:
+        folder = tmp_path / "deep"
+        folder.mkdir()
+        (folder / "schema.toml").write_text(
+            'modality = "image"\nheight = 8\nwidth = 8\nclasses = ["0", "1"]\n', encoding="utf-8"
+        )
+        text = TINY.replace(
+            'source = "sklearn:digits"',
+            'source = "sklearn:digits"\nschema = "schema.toml"',
+        )
+        (folder / "tiny.toml").write_text(text, encoding="utf-8")
+        assert call("simulate", "deep/tiny.toml", "--dry-run").code == 0
+
+
+class TestSample:
+    @pytest.mark.parametrize("ending", [".png", ".npz"])
+    def test_images(
+        self, call: Call, finished_run: fedveil.Run, tmp_path: Path, ending: str
+    ) -> None:
+        result = call("sample", finished_run.path, "-n", 4, "-o", f"drawn{ending}", "--seed", 1)
+        assert result.code == 0
+        assert "4 synthetic records, epsilon" in result.out
+        assert read_provenance(tmp_path / f"drawn{ending}") == finished_run.provenance()
+
+    def test_tables_and_json(
+        self, call: Call, finished_table_run: fedveil.Run, tmp_path: Path
+    ) -> None:
+        result = call("sample", finished_table_run.path, "-n", 4, "--out", "drawn.csv", "--json")
+        assert (result.code, result.err) == (0, "")
+        found = json.loads(result.out)
+        assert (found["n"], found["file"], found["synthetic"]) == (4, "drawn.csv", True)
+        assert pl.read_csv(tmp_path / "drawn.csv").height == 4
+
+    def test_equal_seeds(self, call: Call, finished_table_run: fedveil.Run, tmp_path: Path) -> None:
+        for name in ("a.csv", "b.csv"):
+            call("sample", finished_table_run.path, "-n", 4, "-o", name, "--seed", 5)
+        assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+class TestInit:
+    def test_what_it_writes_runs(self, call: Call, tmp_path: Path) -> None:
+        result = call("init", "new.toml")
+        assert result.code == 0
+        assert "new.toml" in result.out
+        text = (tmp_path / "new.toml").read_text(encoding="utf-8")
+        assert text.count("#") > 20
+        dry = call("simulate", "new.toml", "--dry-run", "--json", "--set", "privacy.mechanism=none")
+        assert dry.code == 0, dry.err
+        assert json.loads(dry.out)["rounds"] == 200
+
+    def test_every_line_can_be_switched_on(self, call: Call, tmp_path: Path) -> None:
+        """The shown defaults are the defaults: switched on, they change nothing."""
+        call("init", "new.toml")
+        lines = (tmp_path / "new.toml").read_text(encoding="utf-8").splitlines()
+        switched = [
+            line.removeprefix("# ") if " = " in line and not line.endswith("=") else line
+            for line in lines
+            if not (line.startswith("# ") and " = " in line and " " in line[2:].split(" = ")[0])
+        ]
+        (tmp_path / "on.toml").write_text("\n".join(switched), encoding="utf-8")
+        plans = [
+            call("simulate", name, "--dry-run", "--json", "--set", "privacy.mechanism=none")
+            for name in ("new.toml", "on.toml")
+        ]
+        assert plans[1].code == 0, plans[1].err
+        assert plans[0].out == plans[1].out
+
+    def test_it_never_overwrites(self, call: Call, tmp_path: Path) -> None:
+        (tmp_path / "new.toml").write_text("mine", encoding="utf-8")
+        result = call("init", "new.toml")
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("error: new.toml: is there already")
+        assert (tmp_path / "new.toml").read_text(encoding="utf-8") == "mine"
+
+    def test_an_unwritable_place(self, call: Call) -> None:
+        result = call("init", "gone/new.toml")
+        assert result.code == 2
+        assert result.err.startswith("error: gone/new.toml: cannot be written")
+
+
+class TestErrors:
+    def test_one_line_and_no_traceback(self, tmp_path: Path) -> None:
+        result = process(script(), "simulate", "gone.toml", cwd=tmp_path)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("error: gone.toml: cannot be read")
+        assert len(result.err.splitlines()) == 1
+
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    def test_debug_shows_a_traceback(self, tmp_path: Path, place: int) -> None:
+        arguments = ["simulate", "gone.toml"]
+        arguments.insert(place, "--debug")
+        result = process(sys.executable, "-m", "fedveil", *arguments, cwd=tmp_path)
+        assert result.code == 1
+        assert "Traceback" in result.err
+        assert "gone.toml: cannot be read" in result.err
+
+    def test_a_failed_run_is_exit_code_1(
+        self, call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*arguments: object, **options: object) -> None:
+            raise FedveilError("round 3: 1 of 10 replies are usable")
+
+        monkeypatch.setattr(run_module, "simulate", fail)
+        result = call("simulate", tiny, "--json")
+        assert (result.code, result.out) == (1, "")
+        assert result.err == "error: round 3: 1 of 10 replies are usable\n"
+
+    @pytest.mark.parametrize("kind", [RuntimeError, OSError, MemoryError, KeyError])
+    def test_nor_has_an_error_that_nobody_foresaw_a_traceback(
+        self, call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+    ) -> None:
+        def fail(*arguments: object, **options: object) -> None:
+            raise kind("a bug")
+
+        monkeypatch.setattr(run_module, "simulate", fail)
+        result = call("simulate", tiny)
+        assert result.code == 1
+        assert result.err.startswith("error: ")
+        assert len(result.err.splitlines()) == 1
+
+    def test_but_with_debug_it_has(
+        self, call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*arguments: object, **options: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(run_module, "simulate", fail)
+        with pytest.raises(RuntimeError, match="a bug"):
+            call("--debug", "simulate", tiny)
