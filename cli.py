@@ -6,6 +6,7 @@ Importing it loads neither torch nor Flower; every handler imports what it needs
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +44,16 @@ def main() -> None:
     try:
         app(arguments, prog_name="fedveil")
     except FedveilError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, debug=debug)
+    except Exception as error:  # noqa: BLE001  an error that nobody foresaw is one line too
+        _fail(f"{type(error).__name__}: {error}; --debug shows where", 1, debug=debug)
+
+
+def _fail(text: str, exit_code: int, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+    sys.exit(exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -190,7 +197,7 @@ def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
         TextColumn("{task.fields[spent]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=None, start=False, spent="", visible=False)
         target = None
 
@@ -208,7 +215,7 @@ def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
                 )
                 bar.update(task, completed=event["round"], spent=spent)
                 for dropped in event["dropped"]:
-                    bar.console.print(
+                    console.print(
                         f"round {event['round']}: site {dropped['site']} dropped: "
                         f"{dropped['reason']}",
                         markup=False,

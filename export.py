@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from errno import EISDIR
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ TABLE_SAMPLES = 1000
 _MARGINAL_SAMPLES = 5000
 _GRID_PIXELS = 800
 _KEY = "fedveil"
+_FOREIGN_FILE = (OSError, LookupError, ValueError, TypeError, EOFError, zipfile.BadZipFile)
 
 
 def write(run: "Run", n: int, path: Path, seed: int | None = None) -> Path:
@@ -39,17 +43,26 @@ def write(run: "Run", n: int, path: Path, seed: int | None = None) -> Path:
         raise ConfigError(
             f"--out {path}: this run makes {run.schema.modality}s; end it in {' or '.join(writers)}"
         )
-    files = writer(run, n, seed)
+    if n < 1:
+        raise ConfigError(f"n = {n}: must be at least 1")
+    files = {path.with_name(path.name + end): found for end, found in writer(run, n, seed).items()}
+    partials = {target: target.with_name(f".{target.name}.partial") for target in files}
     try:
-        for ending, content in files.items():
-            target = path.with_name(path.name + ending)
-            partial = target.with_name(f".{target.name}.partial")
-            partial.write_bytes(content)
-            partial.replace(target)
+        for target, content in files.items():
+            if target.is_dir():
+                raise IsADirectoryError(EISDIR, "is a folder")
+            partials[target].write_bytes(content)
+        # The file itself comes last: it never stands there without the note beside it.
+        for target in reversed(files):
+            partials[target].replace(target)
     except OSError as error:
         raise ConfigError(
             f"--out {path}: cannot be written ({error.strerror}); choose another"
         ) from None
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):
+                partial.unlink()
     return path
 
 
@@ -70,12 +83,13 @@ def read_provenance(path: Path) -> dict[str, Any]:
             case ".parquet":
                 found = pl.read_parquet_metadata(path)[_KEY]
             case ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
+                with path.open("rb") as file:
+                    arrays = np.load(file, allow_pickle=False)
                     found = str(arrays["provenance"])
             case _:
                 found = path.with_name(f"{path.name}.provenance.json").read_text(encoding="utf-8")
         values = json.loads(found)
-    except (OSError, KeyError, ValueError, UnidentifiedImageError, pl.exceptions.PolarsError):
+    except (*_FOREIGN_FILE, UnidentifiedImageError, pl.exceptions.PolarsError):
         values = None
     if not isinstance(values, dict):
         raise FedveilError(f"{path}: carries no provenance of ours")

@@ -1,5 +1,7 @@
 """The Python API: simulate a federation, load a finished run, sample from it."""
 
+import itertools
+import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -73,16 +75,17 @@ def resolve(
     Raises:
         ConfigError: They are unusable.
     """
-    settings = {
-        f"{section}.{key}": value
-        for section, options in (overrides or {}).items()
-        for key, value in options.items()
-    }
+    settings: dict[str, Any] = {}
+    for section, options in (overrides or {}).items():
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"{section} = {options!r}: must be a section, {section}={{...}}")
+        settings |= {f"{section}.{key}": value for key, value in options.items()}
     if not isinstance(config, RunConfig):
         config = load_config(config, settings)
     elif settings:
         config = override(config.model_dump(by_alias=True), settings)
-    return config.resolved(), run_schema(config)
+    schema = run_schema(config)
+    return config.resolved(), schema
 
 
 def load(path: Path | str) -> "Run":
@@ -92,13 +95,16 @@ def load(path: Path | str) -> "Run":
         FedveilError: The folder holds none.
     """
     run = Run(Path(path))
-    _ = run.metrics
+    if missing := [key for key in ("run_id", "family", "privacy") if key not in run.metrics]:
+        raise FedveilError(f"{run.path}: metrics.json: {missing[0]}: missing")
     return run
 
 
 def default_folder(name: str) -> Path:
     """A new folder below `runs/`."""
-    return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    base = f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    names = (base if again == 1 else f"{base}-{again}" for again in itertools.count(1))
+    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())
 
 
 class Run:
@@ -120,7 +126,7 @@ class Run:
     @cached_property
     def schema(self) -> Schema:
         """What a record is."""
-        return schema_from_json((self.path / "schema.json").read_text(encoding="utf-8"))
+        return schema_from_json(json.dumps(self._folder.read_json("schema.json")))
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -179,6 +185,8 @@ class Run:
 
         if n < 1:
             raise ConfigError(f"n = {n}: must be at least 1")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ConfigError(f"seed = {seed}: must be 0 to 2^63 - 1")
         wanted = None if labels is None else torch.tensor(self._checked(n, labels))
         generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         batch = family(self.config.model.family).sample(self._module, n, generator, wanted)

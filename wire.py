@@ -3,6 +3,7 @@
 Reading refuses what is not exactly a message: a missing or foreign key, a wrong type.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -73,7 +74,7 @@ def pack(message: Task | Update | Refused) -> RecordDict:
         return RecordDict({"facts": ConfigRecord({**facts, "refused": message.code.name})})
     if isinstance(message, Task):
         facts |= {"config": message.config, "schema": message.schema}
-    arrays = {name: Array(np.ascontiguousarray(a)) for name, a in message.arrays.items()}
+    arrays = {name: _encode(array) for name, array in message.arrays.items()}
     return RecordDict({"facts": ConfigRecord({**facts}), "arrays": ArrayRecord(arrays)})
 
 
@@ -106,6 +107,8 @@ def read_reply(message: Message) -> Update | Refused:
     run_id, number = _field(facts, "run-id", str), _field(facts, "round", int)
     if "refused" in facts:
         _only(facts, {"run-id", "round", "refused"})
+        if "arrays" in message.content:
+            raise WireError("refusal: expected no arrays")
         code = _field(facts, "refused", str)
         if code not in Refusal.__members__:
             raise WireError("refusal: unknown code")
@@ -114,6 +117,7 @@ def read_reply(message: Message) -> Update | Refused:
     return Update(run_id, number, _arrays(message.content))
 
 
+_DTYPE = "float32"
 FieldT = TypeVar("FieldT", str, int)
 
 
@@ -128,10 +132,25 @@ def _arrays(content: RecordDict) -> dict[str, np.ndarray]:
     record = content.get("arrays")
     if not isinstance(record, ArrayRecord):
         raise WireError("arrays: missing")
-    try:
-        return {name: array.numpy() for name, array in record.items()}
-    except (ValueError, TypeError, EOFError, OSError):
-        raise WireError("arrays: not readable as numpy arrays") from None
+    return {name: _decode(array) for name, array in record.items()}
+
+
+def _encode(array: np.ndarray) -> Array:
+    """Little-endian float32, in C order: numpy's own format can hold archives and pickles."""
+    if array.dtype != np.float32:
+        raise WireError(f"arrays: expected float32, got {array.dtype}")
+    return Array(_DTYPE, array.shape, _DTYPE, array.astype("<f4").tobytes())
+
+
+def _decode(array: Array) -> np.ndarray:
+    shape = tuple(array.shape)
+    if array.dtype != _DTYPE or array.stype != _DTYPE:
+        raise WireError("arrays: expected float32")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise WireError("arrays: expected a shape of whole numbers")
+    if type(array.data) is not bytes or len(array.data) != 4 * math.prod(shape):
+        raise WireError("arrays: expected as many bytes as the shape asks for")
+    return np.frombuffer(array.data, dtype="<f4").reshape(shape)
 
 
 def _field(facts: ConfigRecord, name: str, kind: type[FieldT]) -> FieldT:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from pydantic import ValidationError
 
-from ..config import ConfigError, RunConfig
+from ..config import FedveilError, RunConfig
 from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, ConfigRecord, Context, Message, RecordDict
 from ..models import family
@@ -40,7 +40,7 @@ def _answer(
         return Refused("", 0, Refusal.CONFIGURATION)
     try:
         config, schema, priced = _understand(task.config, task.schema)
-    except (ConfigError, ValidationError) as error:
+    except (FedveilError, ValidationError) as error:
         log.error("refused run %s: %s", task.run_id, error)
         return Refused(task.run_id, task.round, Refusal.CONFIGURATION)
     if not _debit(context.state, task, priced):

@@ -40,9 +40,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray
     for name, expected in like.items():
         got = arrays[name]
         if got.shape != expected.shape or got.dtype != np.float32:
-            raise StateError(
-                f"{name}: expected {expected.shape} float32, got {got.shape} {got.dtype}"
-            )
+            raise StateError(f"{name}: expected {expected.shape} float32, got {got.shape}")
         if not np.isfinite(got).all():
             raise StateError(f"{name}: expected finite numbers")
 
@@ -61,7 +59,7 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 
 def to_bytes(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> bytes:
     """Arrays and facts about them as one safetensors file."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     return save(contiguous, metadata={"fedveil": json.dumps(facts, sort_keys=True)})
 
 
@@ -76,4 +74,4 @@ def read_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
             facts = json.loads((opened.metadata() or {})["fedveil"])
             return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise StateError(f"{path}: holds no model of ours ({error})") from None
+        raise StateError(f"{path}: holds no model of ours ({type(error).__name__})") from None

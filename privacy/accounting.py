@@ -7,6 +7,7 @@ pessimistic discretisation makes it an upper bound). Opacus's PRV (Gopi et al. 2
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ import dp_accounting
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution
 
+from ..config import FedveilError
+
+# Opacus's PRV bounds its domain by RDP and warns of an order that it does not use for the price.
+warnings.filterwarnings("ignore", "Optimal order is the", UserWarning)
+
 COARSE_GRID = 1e-3
 FINE_GRID = 1e-4
 
@@ -22,7 +28,7 @@ PRV_ERROR = 0.01
 """The error in epsilon that PRV is asked for; it reports the upper end of its interval."""
 
 
-class AccountingError(Exception):
+class AccountingError(FedveilError):
     """A price that cannot be trusted, or cannot be had."""
 
 

@@ -16,7 +16,12 @@ Gradients = dict[str, Tensor]
 LossFn = Callable[[nn.Module, BatchT, torch.Generator], Tensor]
 
 CLIPPING_SLACK = 1.001
-"""The accounted norm over the one clipped to: room for float32 rounding of norms and sums."""
+"""The accounted norm over the one clipped to: room for float32 rounding of norms and sums.
+
+Norms and the weighted sum of a micro-batch are float32; micro-batches are added in float64. The sum
+of one micro-batch of B examples is off by at most B^2 2^-24 clipping norms (2.4e-4 at B = 64) in
+the worst case and by about 1e-6 in practice; the worst case of many is not covered.
+"""
 
 
 class ClippingError(Exception):
@@ -60,7 +65,7 @@ def clipped_sum(
             f"clipping_norm, micro_batch = {clipping_norm}, {micro_batch}: must be > 0, >= 1"
         )
     total = {
-        name: torch.zeros_like(parameter, dtype=torch.float32)
+        name: torch.zeros_like(parameter, dtype=torch.float64)
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
@@ -68,7 +73,7 @@ def clipped_sum(
         _add_plain(total, module, loss_fn, batch, generator, micro_batch)
     else:
         _add_clipped(total, module, loss_fn, batch, clipping_norm, generator, micro_batch)
-    return total
+    return {name: sums.to(torch.float32) for name, sums in total.items()}
 
 
 def _add_clipped(

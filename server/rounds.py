@@ -79,6 +79,7 @@ def train(
             _enough(replies, state.round + 1, config, len(nodes))
             asked = time.perf_counter()
             state = advance(state, replies, module, config, priced, coins)
+            _still_finite(state)
             folder.save_checkpoint(state, {"run_id": run_id})
             dropped_ever |= replies.dropped.keys()
             tell(
@@ -209,6 +210,13 @@ def _enough(replies: Replies, number: int, config: RunConfig, sites: int) -> Non
         f"round {number}: {len(replies.usable)} of {sites} replies are usable, "
         f"federation.min_replies = {config.min_replies} ({reasons})"
     )
+
+
+def _still_finite(state: ServerState) -> None:
+    if not all(np.isfinite(array).all() for array in state.model.values()):
+        raise RunError(
+            f"round {state.round}: the model is no longer finite; lower training.learning_rate"
+        )
 
 
 def _metrics(

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,7 +72,8 @@ class RunFolder:
                 os.fsync(opened.fileno())
             partial.replace(target)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             raise FedveilError(f"{target}: cannot be written ({error.strerror})") from None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
@@ -104,9 +106,16 @@ class RunFolder:
         """The lines of `events.jsonl`."""
         try:
             text = (self.path / "events.jsonl").read_text(encoding="utf-8")
-        except OSError as error:
-            raise FedveilError(f"{self.path}: no events.jsonl ({error.strerror})") from None
-        yield from map(json.loads, text.splitlines())
+        except (OSError, UnicodeDecodeError):
+            raise FedveilError(f"{self.path}: holds no readable events.jsonl") from None
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                raise FedveilError(
+                    f"{self.path}: events.jsonl, line {number}: is torn; the run was cut off there"
+                ) from None
+            yield event
 
     def save_checkpoint(self, state: ServerState, facts: Mapping[str, Any]) -> None:
         """Writes a round's whole state; the one before it is kept, older ones go."""
@@ -135,7 +144,11 @@ class RunFolder:
         }  # fmt: skip
         for key, array in arrays.items():
             part, _, name = key.partition("/")
+            if part not in parts:
+                raise FedveilError(f"{found[-1]}: holds no checkpoint of ours")
             parts[part][name] = array
+        if not isinstance(facts.get("round"), int):
+            raise FedveilError(f"{found[-1]}: does not say of which round it is")
         return ServerState(round=facts["round"], **parts)
 
 

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "modality that is a list": ({"schema.toml": 'modality = ["table"]'}, "modality"),
     "schema of images for a table": ({"schema.toml": IMAGES}, "data"),
     "schema of a table for images": (
-        {"run.toml": CONFIG.replace("data.csv", "sklearn:digits")}, "schema"
+        {"run.toml": CONFIG.replace("data.csv", "sklearn:digits")}, "data.source = sklearn:digits"
     ),
     "unknown column to share out by": (
         with_option("data", 'partition = "column"\ncolumn = "town"'), 'data.column = "town"'
@@ -198,7 +198,7 @@ CASES: dict[str, tuple[Files | None, str]] = {
     ),
     "empty Parquet": ({**changed("data.csv", "data.parquet"), "data.parquet": b""}, "data.parquet"),
     "lists in Parquet": (
-        {**changed("data.csv", "data.parquet"), "data.parquet": parquet(LISTS)}, "age"
+        {**changed("data.csv", "data.parquet"), "data.parquet": parquet(LISTS)}, "data.parquet"
     ),
     "no images": (images(None), "data.npz"),
     "empty images": (images(b""), "data.npz"),
@@ -222,7 +222,8 @@ CASES: dict[str, tuple[Files | None, str]] = {
     ),
     "unknown classes": (images(npz(images=PIXELS, labels=LABELS + 7)), "none of 20 images"),
     "images of a size that the model cannot halve": (
-        images(npz(images=PIXELS, labels=LABELS), schema=IMAGES.replace("8", "10")), "multiples of 4"
+        images(npz(images=PIXELS, labels=LABELS), schema=IMAGES.replace("8", "10")),
+        "multiples of 4",
     ),
 }  # fmt: skip
 
@@ -328,8 +329,8 @@ class TestSimulate:
         def doubt(*arguments: object) -> None:
             raise accounting.AccountingError("the accountants disagree")
 
-        monkeypatch.setattr(plan_module, "calibrate", lambda *a: accounting.Releases(1.0, 0.5, 2))
-        monkeypatch.setattr(plan_module, "pld_epsilon", lambda *a: 1.0)
+        monkeypatch.setattr(plan_module, "calibrate", lambda *_: accounting.Releases(1.0, 0.5, 2))
+        monkeypatch.setattr(plan_module, "pld_epsilon", lambda *_: 1.0)
         monkeypatch.setattr(plan_module, "cross_check", doubt)
         lay(tmp_path, private('mechanism = "central"'))
         before = sorted(tmp_path.rglob("*"))

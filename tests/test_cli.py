@@ -145,7 +145,7 @@ class TestSimulate:
     def test_the_promise_of_a_private_run(
         self, call: Call, finished_run: fedveil.Run, monkeypatch: pytest.MonkeyPatch, tiny: Path
     ) -> None:
-        monkeypatch.setattr(run_module, "simulate", lambda *a, **k: finished_run)
+        monkeypatch.setattr(run_module, "simulate", lambda *_, **__: finished_run)
         result = call("simulate", tiny)
         assert f"epsilon {finished_run.privacy['epsilon']:.3f} of 8" in result.out
         assert "mechanism central" in result.out
@@ -166,7 +166,7 @@ class TestSimulate:
         assert len(list((tmp_path / "runs").iterdir())) == 1
 
     def test_a_dry_run_prints_the_plan_and_writes_nothing(
-        self, call: Call, tiny: Path, tmp_path: Path, finished_run: fedveil.Run
+        self, call: Call, tmp_path: Path, finished_run: fedveil.Run
     ) -> None:
         before = sorted(tmp_path.rglob("*"))
         priced = finished_run.path / "config.toml"
@@ -282,7 +282,7 @@ class TestErrors:
         arguments = ["simulate", "gone.toml"]
         arguments.insert(place, "--debug")
         result = process(sys.executable, "-m", "fedveil", *arguments, cwd=tmp_path)
-        assert result.code == 1
+        assert result.code == 2
         assert "Traceback" in result.err
         assert "gone.toml: cannot be read" in result.err
 
@@ -317,5 +317,7 @@ class TestErrors:
             raise RuntimeError("a bug")
 
         monkeypatch.setattr(run_module, "simulate", fail)
-        with pytest.raises(RuntimeError, match="a bug"):
-            call("--debug", "simulate", tiny)
+        result = call("--debug", "simulate", tiny)
+        assert result.code == 1
+        assert "Traceback" in result.err
+        assert "a bug" in result.err

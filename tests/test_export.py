@@ -1,6 +1,7 @@
 """Synthetic files: each says that it is synthetic, and is there whole or not at all."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -256,6 +257,7 @@ def test_files_that_say_nothing_of_ours(tmp_path: Path, name: str, content: byte
         path.write_bytes(content)
     with pytest.raises(FedveilError, match="carries no provenance of ours"):
         read_provenance(path)
+    gc.collect()  # a file left open is told here, not in some later test
 
 
 def test_a_run_without_privacy_says_so(finished_run: fedveil.Run, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ class TestSimulate:
         class Stopped(datetime):
             @classmethod
             def now(cls, tz: Any = None) -> "Stopped":  # noqa: ANN401
+                del tz
                 return cls(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
         monkeypatch.chdir(tmp_path)
@@ -129,9 +130,7 @@ class TestSimulate:
             {"aggregation": {"strategy": "median"}},
         ],
     )
-    def test_wrong_overrides(
-        self, tiny: Path, tmp_path: Path, overrides: dict[str, dict[str, Any]]
-    ) -> None:
+    def test_wrong_overrides(self, tiny: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
         with pytest.raises(ConfigError):
             fedveil.simulate(tiny, out=tmp_path / "run", **overrides)
         assert not (tmp_path / "run").exists()
@@ -259,7 +258,8 @@ class TestEveryMechanism:
         drawn = run.sample(5, seed=1)
         if source == "sklearn:digits":
             assert isinstance(drawn, np.ndarray)
-            assert (drawn.shape, drawn.dtype) == ((5, 8, 8), np.uint8)
+            assert drawn.shape == (5, 8, 8)
+            assert drawn.dtype == np.uint8
         else:
             assert isinstance(drawn, pl.DataFrame)
             assert drawn.shape == (5, 31)
@@ -314,7 +314,7 @@ class TestSample:
 
 class TestLoad:
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(FedveilError, match="metrics.json"):
+        with pytest.raises(FedveilError, match=r"metrics\.json"):
             fedveil.load(tmp_path / "gone")
 
     def test_an_unfinished_run(self, finished_run: fedveil.Run, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def flat(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def use(monkeypatch: pytest.MonkeyPatch, kind: Family) -> None:
     """Lets a site train another kind of generator."""
-    monkeypatch.setattr(training, "family", lambda name: kind)
+    monkeypatch.setattr(training, "family", lambda _: kind)
 
 
 class TestGradientSum:
@@ -145,6 +145,7 @@ class TestGradientSum:
     def test_only_sampled_records_count(self, config: RunConfig) -> None:
         class Some(Everyone):
             def poisson_sample(self, count: int, rate: float) -> np.ndarray:
+                del count, rate
                 return np.array([1, 4])
 
         fixed = noisy(config, "central")

@@ -235,7 +235,7 @@ class TestCalibrate:
 
     def test_an_epsilon_out_of_reach_names_the_option_and_the_mend(self) -> None:
         with pytest.raises(AccountingError, match=r"privacy\.epsilon = 1e-06: cannot be reached"):
-            calibrate(1.0, 10_000, 1e-6, 1e-7)
+            calibrate(1.0, 4, 1e-6, 1e-7)
 
 
 def test_numpy_error_state_is_left_alone() -> None:

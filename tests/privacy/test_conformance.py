@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
 import fedveil
+from fedveil.client.site import Site
 from fedveil.client.training import gradient_sum, train
 from fedveil.config import RunConfig
-from fedveil.data_prep.schema import ImageSchema
+from fedveil.data_prep.schema import ImageSchema, parse_schema
 from fedveil.models import Batch, Family, family
 from fedveil.models.layers import initialise
 from fedveil.models.state import read_file, to_arrays
@@ -270,6 +272,36 @@ class TestClippingIsInForce:
             ATTENDANCE, nn.Linear(8, 1, bias=False), one, config, plan(config), Coins(KEY)
         )
         assert np.linalg.norm(flat(sent)) == pytest.approx(clipping_norm / 1.001, rel=1e-5)
+
+
+class TestOneRecordAtASite:
+    """From raw records to the clipped sum: one record more or less moves one record's worth."""
+
+    def sent(self, make_config: MakeConfig, rows: list[tuple[str, str]]) -> np.ndarray:
+        columns = [
+            {"name": "size", "kind": "numeric", "bounds": [0, 10]},
+            {"name": "age", "kind": "integer", "bounds": [0, 120], "nullable": True},
+        ]
+        schema = parse_schema({"column": columns}, "test")
+        frame = pl.DataFrame(rows, schema=["size", "age"], orient="row")
+        config = make_config(privacy=FAST, data={"holdout": 0.0})
+        site = Site("site", lambda: frame, KEY, Coins(KEY))
+        records = site.records(config, schema).training
+        module = nn.Linear(schema.width, 1, bias=False)
+        priced = plan(config)
+        return flat(gradient_sum(ATTENDANCE, module, records, config, priced, Coins(KEY)))
+
+    @pytest.mark.parametrize(
+        "record",
+        [("5", "40"), ("5", "forty"), ("5", ""), ("", ""), ("x", "y"), ("1e9", "-3"), ("nan", "1")],
+    )
+    @pytest.mark.parametrize("others", [[("3", "")] * 9, [("3", "unknown")] * 9, [("3", "30")] * 9])
+    def test_cleaning_does_not_let_a_record_decide_on_others(
+        self, make_config: MakeConfig, record: tuple[str, str], others: list[tuple[str, str]]
+    ) -> None:
+        with_it = self.sent(make_config, [*others, record])
+        without_it = self.sent(make_config, others)
+        assert np.linalg.norm(with_it - without_it) <= 1.0
 
 
 class TestSampling:

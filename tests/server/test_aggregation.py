@@ -1,7 +1,7 @@
 """Strategies by hand-computed numbers, and against torch's own Adam."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def configured(make_config: MakeConfig) -> Callable[..., RunConfig]:
     return make
 
 
-def steps(config: RunConfig, model: Arrays, means: list[Arrays]) -> list[ServerState]:
+def steps(config: RunConfig, model: Arrays, means: Sequence[Arrays]) -> list[ServerState]:
     """The states after each of some rounds, the initial one first."""
     strategy = STRATEGIES[config.strategy]
     states = [strategy.init(model)]
@@ -85,10 +85,10 @@ class TestEvery:
         STRATEGIES[configured(strategy).strategy].apply(states[-1], mean, configured(strategy))
         assert model.keys() == {"w", "v"}
         assert mean.keys() == {"w"}
-        for part in ("model", "average", "first", "second"):
-            old, new = getattr(before, part), getattr(states[-1], part)
+        for name in ("model", "average", "first", "second"):
+            old, new = getattr(before, name), getattr(states[-1], name)
             assert old.keys() == new.keys()
-            assert all(old[name].tobytes() == new[name].tobytes() for name in old)
+            assert all(old[key].tobytes() == new[key].tobytes() for key in old)
 
     def test_what_got_no_mean_stays(
         self, strategy: str, configured: Callable[..., RunConfig]

@@ -47,7 +47,7 @@ from fedveil.wire import TRAIN, Refusal, Refused, Task, Update, pack, read_task
 
 MakeConfig = Callable[..., RunConfig]
 Answer = Callable[[int, Task], RecordDict | Error | None]
-SECRET = "PATIENT-4711"
+PLANTED = "PATIENT-4711"
 LIKE = {"w": np.zeros((2, 2), dtype=np.float32), "b": np.zeros(3, dtype=np.float32)}
 GOOD = {"w": np.ones((2, 2), dtype=np.float32), "b": np.full(3, 2, dtype=np.float32)}
 
@@ -74,8 +74,8 @@ def from_bytes(data: bytes) -> RecordDict:
     """An update whose array w is these bytes."""
     content = update(GOOD)
     arrays = {
-        "w": Array("float32", (2, 2), "numpy.ndarray", data),
-        "b": Array(GOOD["b"]),
+        "w": Array("float32", (2, 2), "float32", data),
+        "b": Array("float32", (3,), "float32", GOOD["b"].tobytes()),
     }
     content["arrays"] = ArrayRecord(arrays)
     return content
@@ -84,38 +84,47 @@ def from_bytes(data: bytes) -> RecordDict:
 def with_fact(**values: Any) -> RecordDict:  # noqa: ANN401
     """A good update with other facts."""
     content = update(GOOD)
-    content["facts"] = ConfigRecord({"run-id": "run", "round": 4} | values)
+    content["facts"] = ConfigRecord({"run-id": "run", "round": 4, **values})
     return content
 
 
-SECRET_TYPE = np.zeros((2, 2), dtype=[(SECRET, "<f4")])
+def of_type(dtype: str, size: int) -> RecordDict:
+    """An update whose array b says that it is of this type."""
+    content = update(GOOD)
+    arrays = {
+        "w": Array("float32", (2, 2), "float32", GOOD["w"].tobytes()),
+        "b": Array(dtype, (3,), "float32", bytes(3 * size)),
+    }
+    content["arrays"] = ArrayRecord(arrays)
+    return content
+
 
 BAD: dict[str, tuple[RecordDict | Error, str]] = {
     "wrong run": (update(GOOD, run_id="other"), "another run or round"),
     "wrong round": (update(GOOD, number=3), "another run or round"),
     "wrong shape": (update(GOOD | {"b": np.zeros(4, dtype=np.float32)}), "expected (3,)"),
     "transposed": (update(GOOD | {"b": np.zeros((3, 1), dtype=np.float32)}), "expected (3,)"),
-    "float64": (update(GOOD | {"b": np.zeros(3)}), "float32"),
-    "big-endian": (update(GOOD | {"b": np.zeros(3, dtype=">f4")}), "float32"),
-    "integers": (update(GOOD | {"b": np.zeros(3, dtype=np.int32)}), "float32"),
-    "named fields": (update(GOOD | {"w": SECRET_TYPE}), "w: expected (2, 2) float32"),
+    "float64": (of_type("float64", 8), "float32"),
+    "big-endian": (of_type(">f4", 4), "float32"),
+    "integers": (of_type("int32", 4), "float32"),
+    "named fields": (of_type(f"[({PLANTED!r}, float32)]", 4), "float32"),
     "NaN": (update(GOOD | {"b": np.array([0, np.nan, 0], dtype=np.float32)}), "finite"),
     "infinity": (update(GOOD | {"b": np.array([0, np.inf, 0], dtype=np.float32)}), "finite"),
-    "extra key": (update(GOOD | {SECRET: GOOD["b"]}), "2 names"),
+    "extra key": (update(GOOD | {PLANTED: GOOD["b"]}), "2 names"),
     "missing key": (update({"w": GOOD["w"]}), "2 names"),
-    "other key": (update({"w": GOOD["w"], SECRET: GOOD["b"]}), "2 names"),
+    "other key": (update({"w": GOOD["w"], PLANTED: GOOD["b"]}), "2 names"),
     "no arrays": (update({}), "2 names"),
     "refused": (pack(Refused("run", 4, Refusal.BUDGET)), "all releases"),
     "failed": (pack(Refused("run", 4, Refusal.FAILED)), "the site failed"),
     "refused another round": (pack(Refused("run", 3, Refusal.BUDGET)), "another run or round"),
-    "Flower error": (Error(2, SECRET), "Flower error 2"),
-    "no message of ours": (RecordDict({SECRET: ConfigRecord({SECRET: SECRET})}), "facts"),
-    "a task": (pack(Task("run", 4, SECRET, "{}", GOOD)), "keys"),
+    "Flower error": (Error(2, PLANTED), "Flower error 2"),
+    "no message of ours": (RecordDict({PLANTED: ConfigRecord({PLANTED: PLANTED})}), "facts"),
+    "a task": (pack(Task("run", 4, PLANTED, "{}", GOOD)), "keys"),
     "a loss": (with_fact(loss=0.5), "keys"),
-    "text for a round": (with_fact(round=SECRET), "round"),
-    "unreadable": (from_bytes(SECRET.encode()), "arrays"),
+    "text for a round": (with_fact(round=PLANTED), "round"),
+    "unreadable": (from_bytes(PLANTED.encode()), "arrays"),
     "an archive": (from_bytes(b"PK\x05\x06" + bytes(18)), "arrays"),
-    "half an archive": (from_bytes(b"PK\x03\x04" + SECRET.encode()), "arrays"),
+    "half an archive": (from_bytes(b"PK\x03\x04" + PLANTED.encode() * 2), "arrays"),
 }
 
 
@@ -128,7 +137,7 @@ class TestUsableReplies:
         assert len(found.usable) == 2
         assert found.dropped.keys() == {2}
         assert reason in found.dropped[2]
-        assert SECRET not in found.dropped[2]
+        assert PLANTED not in found.dropped[2]
 
     def test_good_ones_are_in_site_order(self) -> None:
         messages = [
@@ -316,7 +325,7 @@ class TestAdvance:
             return {name: 10 * tensor for name, tensor in gradient.items()}
 
         kind = replace(family("vae"), server_step=hook)
-        monkeypatch.setattr(rounds, "family", lambda name: kind)
+        monkeypatch.setattr(rounds, "family", lambda _: kind)
         module, state = model_for(config)
         with torch.no_grad():
             for parameter in module.parameters():
@@ -326,7 +335,7 @@ class TestAdvance:
         after = advance(state, replies, module, config, priced, coins)
         # The module was loaded with the round's model first.
         weight = float(torch.from_numpy(state.model["posterior.weight"]).sum())
-        assert seen == [(pytest.approx(weight, abs=1e-5), pytest.approx(0.05))]
+        assert seen == [pytest.approx((weight, 0.05), abs=1e-5)]
         assert flat(state.model) - flat(after.model) == pytest.approx(0.5, abs=1e-6)
 
     def test_but_not_where_sites_send_models(
@@ -336,7 +345,7 @@ class TestAdvance:
             raise RuntimeError("must not be called")
 
         kind = replace(family("vae"), server_step=hook)
-        monkeypatch.setattr(rounds, "family", lambda name: kind)
+        monkeypatch.setattr(rounds, "family", lambda _: kind)
         averaged = make_config(
             privacy={"mechanism": "none"}, aggregation={"strategy": "fedavg"}
         ).resolved()
@@ -379,6 +388,7 @@ class FakeGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
+        del timeout
         found = []
         for message in messages:
             node = message.metadata.dst_node_id
@@ -483,7 +493,7 @@ class TestTrain:
         [
             ({1}, None),
             ({1}, pack(Refused("run-a", 1, Refusal.BUDGET))),
-            ({1}, Error(2, SECRET)),
+            ({1}, Error(2, PLANTED)),
             (set(), None),
         ],
     )
@@ -501,7 +511,7 @@ class TestTrain:
         assert "federation.min_replies = 2" in str(caught.value)
         last = list(folder.events())[-1]
         assert (last["event"], last["round"], last["cause"]) == ("failed", 0, str(caught.value))
-        assert SECRET not in json.dumps(list(folder.events()))
+        assert PLANTED not in json.dumps(list(folder.events()))
         assert not (folder.path / "metrics.json").exists()
         assert not (folder.path / "model.safetensors").exists()
 
@@ -525,7 +535,7 @@ class TestTrain:
         self, config: RunConfig, folder: RunFolder, kind: type[BaseException]
     ) -> None:
         def answer(node: int, task: Task) -> RecordDict:
-            raise kind(SECRET)
+            raise kind(PLANTED)
 
         with pytest.raises(kind):
             run(config, FakeGrid([1, 2, 3], answer), folder)

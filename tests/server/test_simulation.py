@@ -16,6 +16,7 @@ import fedveil
 from fedveil.config import ConfigError, RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.flower import (
+    Array,
     ArrayRecord,
     ClientApp,
     ConfigRecord,
@@ -34,7 +35,7 @@ from fedveil.server.store import RunFolder
 
 MakeConfig = Callable[..., RunConfig]
 Handler = Callable[[Message, Context], RecordDict]
-SECRET = "PATIENT-4711"
+PLANTED = "PATIENT-4711"
 
 
 def app_of(handler: Handler) -> ClientApp:
@@ -50,7 +51,7 @@ def app_of(handler: Handler) -> ClientApp:
 
 def cores(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Lets the machine have so many cores."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(count)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
 
 
 def messages(nodes: Iterable[int], content: RecordDict | None = None) -> list[Message]:
@@ -83,10 +84,10 @@ class TestLocalGrid:
         seen: dict[int, tuple[list[str], list[float]]] = {}
 
         def handler(message: Message, context: Context) -> RecordDict:
-            arrays = message.content["arrays"]
-            facts = message.content["facts"]
+            arrays = message.content.array_records["arrays"]
+            facts = message.content.config_records["facts"]
             seen[context.node_id] = (list(facts), arrays["w"].numpy().tolist())
-            facts[SECRET] = context.node_id
+            facts[PLANTED] = context.node_id
             arrays["w"].data = b"spoilt"
             del arrays["w"]
             return RecordDict()
@@ -94,20 +95,19 @@ class TestLocalGrid:
         content = RecordDict(
             {
                 "facts": ConfigRecord({"round": 1}),
-                "arrays": ArrayRecord([np.array([1.0, 2.0], dtype=np.float32)]),
+                "arrays": ArrayRecord({"w": Array(np.array([1.0, 2.0], dtype=np.float32))}),
             }
         )
-        content["arrays"] = ArrayRecord({"w": content["arrays"]["0"]})
         with local_grid(app_of(handler), [1, 2, 3, 4], 7) as grid:
             grid.send_and_receive(messages([1, 2, 3, 4], content))
         assert seen == {node: (["round"], [1.0, 2.0]) for node in (1, 2, 3, 4)}
         assert list(content["facts"]) == ["round"]
-        assert content["arrays"]["w"].numpy().tolist() == [1.0, 2.0]
+        assert content.array_records["arrays"]["w"].numpy().tolist() == [1.0, 2.0]
 
     def test_an_exception_is_an_error_without_text(self) -> None:
         def handler(message: Message, context: Context) -> RecordDict:
             if context.node_id == 2:
-                raise ValueError(SECRET)
+                raise ValueError(PLANTED)
             return RecordDict()
 
         with local_grid(app_of(handler), [1, 2], 7) as grid:
@@ -116,8 +116,8 @@ class TestLocalGrid:
         assert replies[2].has_error()
         assert replies[2].error.code == 2
         assert not replies[2].error.reason
-        assert SECRET not in repr(replies[2])
-        assert SECRET.encode() not in replies[2].deflate()
+        assert PLANTED not in repr(replies[2])
+        assert PLANTED.encode() not in replies[2].deflate()
 
     def test_an_action_that_the_app_does_not_have(self) -> None:
         def handler(message: Message, context: Context) -> RecordDict:
@@ -258,7 +258,7 @@ class TestShards:
 
     def test_more_sites_than_records(self, make_config: MakeConfig) -> None:
         config = make_config(federation={"sites": 1798})
-        with pytest.raises(ConfigError, match="federation.sites = 1798"):
+        with pytest.raises(ConfigError, match=r"federation\.sites = 1798"):
             load_shards(config, run_schema(config))
 
 
@@ -336,7 +336,7 @@ class TestRuns:
         config = make_config(privacy={"mechanism": "none"}).resolved()
         schema = run_schema(config)
         shards = load_shards(config, schema)
-        broken = SimpleNamespace(labels=SECRET)
+        broken = SimpleNamespace(labels=PLANTED)
         spoilt = simulation.Shards((*shards.parts[:2], broken), shards.report)
         folder = RunFolder(tmp_path / "run")
         folder.create()
@@ -358,7 +358,7 @@ def equal_secrets(patch: pytest.MonkeyPatch) -> None:
     secrets = SimpleNamespace(
         token_bytes=next_key,
         token_hex=lambda count: os.urandom(count).hex(),
-        randbits=lambda bits: 77,
+        randbits=lambda _: 77,
     )
     patch.setattr(simulation, "secrets", secrets)
     patch.setattr(Coins, "from_system", classmethod(lambda cls: cls(next_key())))

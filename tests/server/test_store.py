@@ -82,7 +82,7 @@ class TestWrite:
         folder.write("a.bin", b"one")
         with monkeypatch.context() as patch:
             refuse_disk(patch, call)
-            with pytest.raises(FedveilError, match="a.bin: cannot be written .No space"):
+            with pytest.raises(FedveilError, match=r"a\.bin: cannot be written .No space"):
                 folder.write("a.bin", b"two")
         assert (folder.path / "a.bin").read_bytes() == b"one"
         assert files(folder) == {"a.bin"}
@@ -125,7 +125,7 @@ class TestJson:
     def test_missing_or_damaged(self, folder: RunFolder, content: bytes | None) -> None:
         if content is not None:
             (folder.path / "m.json").write_bytes(content)
-        with pytest.raises(FedveilError, match="m.json"):
+        with pytest.raises(FedveilError, match=r"m\.json"):
             folder.read_json("m.json")
 
 
@@ -141,7 +141,7 @@ class TestEvents:
         assert [json.loads(line)["round"] for line in text.splitlines()] == [1, 2]
 
     def test_none(self, folder: RunFolder) -> None:
-        with pytest.raises(FedveilError, match="events.jsonl"):
+        with pytest.raises(FedveilError, match=r"events\.jsonl"):
             list(folder.events())
 
     def test_no_place_for_them(self, tmp_path: Path) -> None:
