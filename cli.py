@@ -162,6 +162,8 @@ def _print_summary(run: "Run") -> None:
     )
     typer.echo(f"Privacy: {_promise(privacy)}")
     typer.echo(f"Protects one {privacy['unit']} against {privacy['against']}")
+    if run.schema.person is not None:
+        typer.echo(f"Not claimed: a {run.schema.person} with several records is not hidden")
     typer.echo(f"Run folder: {run.path}")
     for file in sorted(run.path.glob("samples.*")):
         typer.echo(f"Samples: {file}")

@@ -27,7 +27,7 @@ class Refusal(Enum):
 
     CONFIGURATION = "the configuration is not acceptable to the site"
     BUDGET = "all releases of the run have been made"
-    FAILED = "the site failed; its own log says why"
+    FAILED = "the site fails even without records; its own log says why"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def read_reply(message: Message) -> Update | Refused:
     return Update(run_id, number, _arrays(message.content))
 
 
-_DTYPE = "float32"
+_ENCODING = "little-endian"
+_TYPES = {"float32": "<f4", "float64": "<f8"}  # of models; of sums, whose rounding is a sensitivity
+_EXPECTED = " or ".join(_TYPES)
 FieldT = TypeVar("FieldT", str, int)
 
 
@@ -136,21 +138,23 @@ def _arrays(content: RecordDict) -> dict[str, np.ndarray]:
 
 
 def _encode(array: np.ndarray) -> Array:
-    """Little-endian float32, in C order: numpy's own format can hold archives and pickles."""
-    if array.dtype != np.float32:
-        raise WireError(f"arrays: expected float32, got {array.dtype}")
-    return Array(_DTYPE, array.shape, _DTYPE, array.astype("<f4").tobytes())
+    """Little-endian bytes, in C order: numpy's own format can hold archives and pickles."""
+    name = array.dtype.name
+    if name not in _TYPES:
+        raise WireError(f"arrays: expected {_EXPECTED}, got {name}")
+    return Array(name, array.shape, _ENCODING, array.astype(_TYPES[name]).tobytes())
 
 
 def _decode(array: Array) -> np.ndarray:
     shape = tuple(array.shape)
-    if array.dtype != _DTYPE or array.stype != _DTYPE:
-        raise WireError("arrays: expected float32")
+    if array.dtype not in _TYPES or array.stype != _ENCODING:
+        raise WireError(f"arrays: expected {_EXPECTED}")
+    dtype = np.dtype(_TYPES[array.dtype])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise WireError("arrays: expected a shape of whole numbers")
-    if type(array.data) is not bytes or len(array.data) != 4 * math.prod(shape):
+    if type(array.data) is not bytes or len(array.data) != dtype.itemsize * math.prod(shape):
         raise WireError("arrays: expected as many bytes as the shape asks for")
-    return np.frombuffer(array.data, dtype="<f4").reshape(shape)
+    return np.frombuffer(array.data, dtype=dtype).reshape(shape)
 
 
 def _field(facts: ConfigRecord, name: str, kind: type[FieldT]) -> FieldT:

@@ -1,6 +1,7 @@
 """The Flower ClientApp: it unpacks, checks the budget, computes, replies. Handlers only."""
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -9,11 +10,11 @@ from pydantic import ValidationError
 from ..config import FedveilError, RunConfig
 from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, ConfigRecord, Context, Message, RecordDict
-from ..models import family
-from ..models.state import load_arrays
+from ..models import Batch, family
+from ..models.state import Arrays, load_arrays
 from ..privacy.plan import Plan, plan
 from ..wire import TRAIN, Refusal, Refused, Task, Update, WireError, pack, read_task
-from .site import Site
+from .site import Site, no_records
 from .training import train
 
 log = logging.getLogger(__name__)
@@ -21,17 +22,17 @@ log = logging.getLogger(__name__)
 
 def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
     """The app of every site; `open_site` finds the site that a context is for."""
-    app = ClientApp()
+    app, lock = ClientApp(), threading.Lock()
 
     @app.train(TRAIN.partition(".")[2])
     def step(message: Message, context: Context) -> Message:
-        return Message(pack(_answer(message, context, open_site)), reply_to=message)
+        return Message(pack(_answer(message, context, open_site, lock)), reply_to=message)
 
     return app
 
 
 def _answer(
-    message: Message, context: Context, open_site: Callable[[Context], Site]
+    message: Message, context: Context, open_site: Callable[[Context], Site], lock: threading.Lock
 ) -> Update | Refused:
     try:
         task = read_task(message.content)
@@ -43,18 +44,35 @@ def _answer(
     except (FedveilError, ValidationError) as error:
         log.error("refused run %s: %s", task.run_id, error)
         return Refused(task.run_id, task.round, Refusal.CONFIGURATION)
-    if not _debit(context.state, task, priced):
-        return Refused(task.run_id, task.round, Refusal.BUDGET)
+    with lock:  # two copies of one message must not both be answered
+        if not _debit(context.state, task, priced):
+            return Refused(task.run_id, task.round, Refusal.BUDGET)
     try:
-        site = open_site(context)
-        module = family(config.model.family).build(config.model, schema)
-        load_arrays(module, task.arrays)
-        records = site.records(config, schema).training
-        arrays = train(module, records, config, priced, site.coins)
-    except Exception:  # no text of an exception may leave the site: it can quote records
+        arrays = _work(task, config, schema, priced, open_site(context))
+    except Exception:  # it fails without any record too, and says no more than that
         log.exception("run %s, round %d failed", task.run_id, task.round)
         return Refused(task.run_id, task.round, Refusal.FAILED)
     return Update(task.run_id, task.round, arrays)
+
+
+def _work(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: Site) -> Arrays:
+    """The site's part of a round; without its records if they make it fail.
+
+    Whether records make a site fail is itself private. So it then sends what it would send if it
+    had none, zeros or noise, and the cause stays in its own log.
+    """
+
+    def part(records: Callable[[], Batch]) -> Arrays:
+        module = family(config.model.family).build(config.model, schema)
+        load_arrays(module, task.arrays)
+        return train(module, records(), config, priced, site.coins)
+
+    try:
+        return part(lambda: site.records(config, schema).training)
+    except Exception:
+        log.exception("%s: round %d: goes on without records", site.name, task.round)
+        site.failed = True
+        return part(lambda: no_records(schema))
 
 
 @lru_cache(maxsize=4)

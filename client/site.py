@@ -1,7 +1,6 @@
 """A site: its records, read and cleaned once per run, and its secrets."""
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,10 @@ import torch
 
 from ..config import RunConfig
 from ..data_prep import Encoded, modality
-from ..data_prep.clean import DataError
 from ..data_prep.partition import keyed_split
 from ..data_prep.schema import Schema
 from ..models import Batch
 from ..privacy.noise import Coins
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class Site:
     Attributes:
         name: What its own log and folder call it.
         coins: Its secret coins.
+        failed: Whether it ever took part without its records because they made it fail.
     """
 
     def __init__(
@@ -46,24 +43,19 @@ class Site:
         folder: Path | None = None,
     ) -> None:
         """A site that reads its raw records by `read` and keeps its report in `folder`."""
-        self.name, self.coins = name, coins
+        self.name, self.coins, self.failed = name, coins, False
         self._read, self._split_key, self._folder = read, split_key, folder
         self._records: Records | None = None
 
     def records(self, config: RunConfig, schema: Schema) -> Records:
         """The site's records, read on the first call.
 
-        A site whose data fail altogether takes part with no records, for whether they failed is
-        itself private: it sends zeros, or noise. The cause is in its own log.
+        Raises:
+            DataError: They cannot be read at all.
         """
         if self._records is None:
             kind = modality(schema)
-            try:
-                cleaned, report = kind.clean(self._read(), schema, config.clean)
-            except DataError as error:
-                log.error("%s: no usable records: %s", self.name, error)
-                self._records = _empty(schema)
-                return self._records
+            cleaned, report = kind.clean(self._read(), schema, config.clean)
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(report.as_dict(), indent=2)
@@ -87,11 +79,11 @@ def _batch(encoded: Encoded) -> Batch:
     return Batch(torch.from_numpy(encoded.x), torch.from_numpy(encoded.y))
 
 
-def _empty(schema: Schema) -> Records:
+def no_records(schema: Schema) -> Batch:
+    """Zero records of a schema: what a site takes part with when it has none."""
     shape = (
         (0, schema.width)
         if schema.modality == "table"
         else (0, schema.channels, schema.height, schema.width)
     )
-    nothing = Batch(torch.zeros(shape), torch.zeros(0, dtype=torch.int64))
-    return Records(nothing, nothing, nothing)
+    return Batch(torch.zeros(shape), torch.zeros(0, dtype=torch.int64))

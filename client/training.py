@@ -38,7 +38,7 @@ def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coin
     """What a site sends for one round.
 
     Returns:
-        Under `adam` and `sgd` a gradient sum, under `fedavg` the trainable parameters after
+        Under `adam` and `sgd` a gradient sum (float64), under `fedavg` the parameters after
         `local_steps` steps of Adam, each on a sum of its own.
     """
     kind = family(config.model.family)
@@ -52,6 +52,7 @@ def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coin
     for _ in range(plan.releases_per_round):
         total = gradient_sum(kind, module, records, config, plan, coins)
         for name, parameter in parameters.items():
-            parameter.grad = torch.from_numpy(total[name]) / plan.expected_batch
+            mean = torch.from_numpy(total[name]) / plan.expected_batch
+            parameter.grad = mean.to(parameter.dtype)
         optimiser.step()
     return to_arrays(module, names)

@@ -1,8 +1,8 @@
 """Record-wise cleaning of a table, by declared rules only.
 
 Every rule maps one record to one record or to none, with public parameters: that is what keeps the
-sensitivity of a later private sum at one record (design.md, privacy rule 6). No rule looks across
-records, so cleaning commutes with any sharing-out of the records.
+sensitivity of a later private sum at one record. No rule looks across records, so that cleaning
+commutes with any sharing-out of the records.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,28 @@ class DataError(FedveilError):
 
 @dataclass(frozen=True)
 class ColumnReport:
-    """What was found in one column, in values."""
+    """What was found in one column, in values, with the first bad one as an example."""
 
     missing: int = 0
     type_errors: int = 0
     unknown_categories: int = 0
     out_of_bounds: int = 0
+    example: str | None = None
 
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """What cleaning did, in exact counts: private, it never leaves the site."""
+    """What cleaning did, in exact counts: private, it never leaves the site.
+
+    Attributes:
+        records: How many came.
+        blank: Those without any value, such as a line with a wrong number of fields.
+        kept: How many are left.
+        columns: What was found in those that are not blank.
+    """
 
     records: int
+    blank: int
     kept: int
     columns: Mapping[str, ColumnReport]
 
@@ -47,7 +56,7 @@ class CleaningReport:
 def clean(
     frame: pl.DataFrame, schema: TableSchema, rules: Clean
 ) -> tuple[pl.DataFrame, CleaningReport]:
-    """Cleans a table record by record.
+    """Cleans a table record by record; what becomes of one never hangs on another.
 
     Args:
         frame: [N] rows; the schema's columns (others are left out) as strings, `None` for missing.
@@ -56,43 +65,58 @@ def clean(
 
     Returns:
         The kept records, numbers as Float64 and the rest as String, and the report.
-
-    Raises:
-        DataError: A column is wrong throughout, or no record is usable.
     """
+    names = [c.name for c in schema.columns] + ([schema.person] if schema.person else [])
+    texts = frame.select(trimmed(frame[name], schema.missing) for name in names)
+    texts = texts.filter(~pl.all_horizontal(pl.all().is_null()))
     columns: list[pl.Series] = []
     reports: dict[str, ColumnReport] = {}
-    keep = pl.Series([True]).new_from_index(0, frame.height)
+    keep = pl.Series([True]).new_from_index(0, texts.height)
     for column in schema.columns:
-        text = trimmed(frame[column.name], schema.missing)
-        values, dropped, report = (
-            _categories(text, column, rules)
-            if column.kind == "categorical"
-            else _numbers(text, column, rules)
-        )
-        _refuse_wrong_throughout(text, report, column)
-        if not column.nullable:
-            dropped |= values.is_null()
-        keep &= ~dropped
+        mend = _categories if column.kind == "categorical" else _numbers
+        values, dropped, reports[column.name] = mend(texts[column.name], column, rules)
+        keep &= ~dropped if column.nullable else ~(dropped | values.is_null())
         columns.append(values)
-        reports[column.name] = report
     if schema.person is not None:
-        person = trimmed(frame[schema.person], schema.missing)
-        keep &= person.is_not_null()
-        columns.append(person)
+        keep &= texts[schema.person].is_not_null()
+        columns.append(texts[schema.person])
     cleaned = pl.DataFrame(columns).filter(keep)
-    if frame.height and not cleaned.height:
+    blank = frame.height - texts.height
+    return cleaned, CleaningReport(frame.height, blank, cleaned.height, reports)
+
+
+def refuse_unusable(report: CleaningReport) -> None:
+    """Refuses data that cannot be what the schema means.
+
+    This looks across records: it is for whoever may look at all of them, before a run; a site in a
+    run takes part with what it has.
+
+    Raises:
+        DataError: There are no records, a column is wrong throughout, or nothing was kept.
+    """
+    if not report.records:
+        raise DataError("data: holds no records; check the file")
+    for name, column in report.columns.items():
+        present = report.records - report.blank - column.missing
+        if present and column.type_errors + column.unknown_categories == present:
+            raise DataError(
+                f'column "{name}" = {column.example!r}, ...: no value is what the schema declares; '
+                "check the schema, the file's header and its separator"
+            )
+    if not report.kept:
+        found = {name: asdict(column) for name, column in report.columns.items()}
+        worst = max(found, key=lambda name: sum(v for v in found[name].values() if type(v) is int))
+        counts = ", ".join(f"{key} {value}" for key, value in found[worst].items() if value)
         raise DataError(
-            f"data: none of {frame.height} records is usable: {_commonest(reports)}; compare the "
-            "schema with the file"
+            f"data: none of {report.records} records is usable ({report.blank} are blank; "
+            f'column "{worst}": {counts}); compare the schema with the file'
         )
-    return cleaned, CleaningReport(frame.height, cleaned.height, reports)
 
 
 def trimmed(text: pl.Series, missing: tuple[str, ...]) -> pl.Series:
-    """Values without blanks around them, `None` for missing markers."""
+    """Values without blanks around them, `None` for the missing markers and for nothing at all."""
     text = text.cast(pl.String).str.strip_chars()
-    return text.set(text.is_in(list(missing)), None)
+    return text.set(text.is_in(["", *missing]), None)
 
 
 def bounds(column: Column) -> tuple[float, float]:
@@ -111,7 +135,9 @@ def _categories(
 ) -> tuple[pl.Series, pl.Series, ColumnReport]:
     values = text.replace(column.aliases) if column.aliases else text
     unknown = values.is_not_null() & ~_filled(values.is_in(list(column.categories)))
-    report = ColumnReport(missing=text.null_count(), unknown_categories=_count(unknown))
+    report = ColumnReport(
+        missing=text.null_count(), unknown_categories=_count(unknown), example=_first(text, unknown)
+    )
     return values.set(unknown, None), _dropped(unknown, rules.unknown_category), report
 
 
@@ -127,7 +153,10 @@ def _numbers(
     values = values.set(wrong, None)
     outside = _filled((values < low) | (values > high))
     report = ColumnReport(
-        missing=text.null_count(), type_errors=_count(wrong), out_of_bounds=_count(outside)
+        missing=text.null_count(),
+        type_errors=_count(wrong),
+        out_of_bounds=_count(outside),
+        example=_first(text, wrong | outside),
     )
     dropped = _dropped(wrong, rules.type_error) | _dropped(outside, rules.out_of_bounds)
     clips = rules.out_of_bounds == "clip"
@@ -147,21 +176,6 @@ def _dropped(mask: pl.Series, rule: str) -> pl.Series:
     return mask if rule == "drop" else mask & False
 
 
-def _refuse_wrong_throughout(text: pl.Series, report: ColumnReport, column: Column) -> None:
-    present = text.len() - text.null_count()
-    wrong = report.type_errors + report.unknown_categories
-    if present and wrong == present:
-        wanted = (
-            f"one of {', '.join(column.categories[:3])}, ..."
-            if column.kind == "categorical"
-            else f"of kind {column.kind}"
-        )
-        raise DataError(
-            f'column "{column.name}" = {text.drop_nulls()[0]!r}, ...: no value is {wanted}; '
-            "check the schema, the file's header and its separator"
-        )
-
-
-def _commonest(reports: Mapping[str, ColumnReport]) -> str:
-    name = max(reports, key=lambda n: sum(asdict(reports[n]).values()))
-    return f'most is wrong in column "{name}" ({asdict(reports[name])})'
+def _first(text: pl.Series, bad: pl.Series) -> str | None:
+    found = text.filter(bad)
+    return str(found[0]) if len(found) else None

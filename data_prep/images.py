@@ -52,8 +52,6 @@ def read(source: str, schema: Schema) -> Images:
         images = _read_npz(path, schema)
     else:
         raise DataError(f"data.source = {source}: is no .npz file and no folder; check the path")
-    if not len(images.pixels):
-        raise DataError(f"data.source = {source}: holds no images")
     return images
 
 
@@ -66,17 +64,19 @@ def clean(raw: Images, schema: Schema, rules: Clean) -> tuple[Images, CleaningRe
     kept = take(raw, np.flatnonzero(raw.usable & known))
     report = CleaningReport(
         records=len(raw.pixels),
+        blank=0,
         kept=len(kept.pixels),
         columns={
-            "image": ColumnReport(type_errors=int((~raw.usable).sum())),
-            "label": ColumnReport(unknown_categories=int((~known).sum())),
+            "image": ColumnReport(
+                type_errors=int((~raw.usable).sum()),
+                example=f"not {schema.height}x{schema.width}" if not raw.usable.all() else None,
+            ),
+            "label": ColumnReport(
+                unknown_categories=int((~known).sum()),
+                example=str(labels[~known][0]) if not known.all() else None,
+            ),
         },
     )
-    if report.records and not report.kept:
-        raise DataError(
-            f"data: none of {report.records} images is usable: must be {schema.height}x"
-            f"{schema.width}, {schema.channels} channel(s), of a declared class"
-        )
     return kept, report
 
 

@@ -122,6 +122,11 @@ class TableSchema(Options):
         return tuple(Block(column, start, stop) for column, (start, stop) in spans)
 
     @property
+    def numeric(self) -> bool:
+        """Whether there is a number among the features."""
+        return any(column.kind != "categorical" for column in self.features)
+
+    @property
     def width(self) -> int:
         """Length of an encoded record."""
         return self.blocks[-1].stop

@@ -1,5 +1,6 @@
 """Tables: read, encode to numbers in [0, 1], decode back."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from .clean import clean as clean_table
 from .modality import Encoded, Modality
 from .schema import Block, Schema, TableSchema, parse_schema, repeated
 
-_READERS = {".csv": "csv", ".tsv": "csv", ".data": "csv", ".parquet": "parquet"}
+_SUFFIXES = (".csv", ".tsv", ".data", ".parquet")
 
 
 def read(source: str, schema: Schema) -> pl.DataFrame:
@@ -21,18 +22,16 @@ def read(source: str, schema: Schema) -> pl.DataFrame:
         [N] rows; the schema's columns and the key of a person, if it has one.
 
     Raises:
-        DataError: Missing, empty or unparsable, or a column is missing.
+        DataError: The file or a column is missing, or it cannot be read.
     """
     schema = _table(schema)
     frame = _breast_cancer() if source == "sklearn:breast_cancer" else _read_file(source, schema)
     wanted = [c.name for c in schema.columns] + ([schema.person] if schema.person else [])
     if absent := [name for name in wanted if name not in frame.columns]:
-        found = ", ".join(frame.columns[:8])
+        found = ", ".join(map(ascii, frame.columns[:8])) or "no columns"
         raise DataError(
             f'data.source = {source}: column "{absent[0]}" is missing; the file has {found}'
         )
-    if not frame.height:
-        raise DataError(f"data.source = {source}: holds no records")
     try:
         return frame.select(pl.col(wanted).cast(pl.String))
     except pl.exceptions.PolarsError as error:
@@ -119,34 +118,42 @@ def _table(schema: Schema) -> TableSchema:
 
 def _read_file(source: str, schema: TableSchema) -> pl.DataFrame:
     path = Path(source)
-    kind = _READERS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(f"data.source = {source}: must end in {', '.join(_READERS)}")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise DataError(f"data.source = {source}: must end in {', '.join(_SUFFIXES)}")
     if not path.is_file():
         raise DataError(f"data.source = {source}: is no file; check the path")
     try:
-        if kind == "parquet":
+        if path.suffix.lower() == ".parquet":
             return pl.read_parquet(path)
-        frame = pl.read_csv(
-            path,
-            has_header=schema.header,
-            infer_schema=False,
-            separator="\t" if path.suffix.lower() == ".tsv" else ",",
-            encoding="utf8",
-        )
+        return _read_lines(path, schema)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise _unreadable(source, error) from None
-    frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))  # an empty line is no record
+
+
+def _read_lines(path: Path, schema: TableSchema) -> pl.DataFrame:
+    """Reads a CSV file, where one line is one record whatever stands in the others.
+
+    A quote that is not closed ends with its line, a line with a wrong number of fields is blank,
+    and bytes that are not UTF-8 are replaced: no record can spoil the reading of another.
+    """
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        rows = [_fields(line, separator) for line in lines if line.strip()]
+    names = [column.name for column in schema.columns]
     if schema.header:
-        if twice := repeated(name.strip() for name in frame.columns):
-            raise DataError(f'data.source = {source}: column "{twice}" is there twice')
-        return frame.rename(str.strip)
-    if frame.width != len(schema.columns):
-        raise DataError(
-            f"data.source = {source}: has {frame.width} columns, the schema declares "
-            f"{len(schema.columns)} (header = false needs all of them, in order)"
-        )
-    return frame.rename(dict(zip(frame.columns, (c.name for c in schema.columns), strict=True)))
+        names = [name.strip() for name in rows.pop(0)] if rows else []
+        if twice := repeated(names):
+            raise DataError(f'data.source = {path}: column "{twice}" is there twice')
+    blank = [None] * len(names)
+    whole = [row if len(row) == len(names) else blank for row in rows]
+    return pl.DataFrame(whole, schema=dict.fromkeys(names, pl.String), orient="row")
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+    except csv.Error:
+        return []
 
 
 def _unreadable(source: str, error: BaseException) -> DataError:

@@ -23,11 +23,13 @@ class StateError(FedveilError):
 def to_arrays(module: nn.Module, names: list[str] | None = None) -> Arrays:
     """Copies of a module's parameters by name: all of them, or those named."""
     parameters = dict(module.named_parameters())
-    return {n: parameters[n].detach().numpy().copy() for n in names or parameters}
+    return {
+        n: parameters[n].detach().numpy().copy() for n in (parameters if names is None else names)
+    }
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]) -> None:
-    """Checks arrays against others: the same keys, shapes and float32, all finite.
+    """Checks arrays against others: the same keys, shapes and types, all finite.
 
     Raises:
         StateError: What was expected and what came; never a value of the arrays.
@@ -39,8 +41,11 @@ def check_arrays(arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray
         )
     for name, expected in like.items():
         got = arrays[name]
-        if got.shape != expected.shape or got.dtype != np.float32:
-            raise StateError(f"{name}: expected {expected.shape} float32, got {got.shape}")
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise StateError(
+                f"{name}: expected {expected.shape} {expected.dtype}, got {got.shape}"
+                f"{'' if got.dtype == expected.dtype else ' of another type'}"
+            )
         if not np.isfinite(got).all():
             raise StateError(f"{name}: expected finite numbers")
 

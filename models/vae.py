@@ -42,7 +42,7 @@ class Vae(nn.Module):
             else _dense_halves(options, schema, self.classes)
         )
         self.posterior = nn.Linear(features, 2 * options.latent)
-        if isinstance(schema, TableSchema) and self.reconstruction == "mse":
+        if isinstance(schema, TableSchema) and self.reconstruction == "mse" and schema.numeric:
             self.spread = Lookup(1, schema.width, _SPREAD_GAIN)
 
     @property

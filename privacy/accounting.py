@@ -7,6 +7,7 @@ pessimistic discretisation makes it an upper bound). Opacus's PRV (Gopi et al. 2
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,6 @@ warnings.filterwarnings("ignore", "Optimal order is the", UserWarning)
 
 COARSE_GRID = 1e-3
 FINE_GRID = 1e-4
-
-PRV_ERROR = 0.01
-"""The error in epsilon that PRV is asked for; it reports the upper end of its interval."""
 
 
 class AccountingError(FedveilError):
@@ -91,21 +89,24 @@ def rdp_epsilon(releases: Releases, delta: float) -> float:
         return float(accountant.compose(releases.event).get_epsilon(delta))
 
 
-def prv_epsilon(releases: Releases, delta: float) -> float:
-    """Epsilon by Opacus's numerical composition of privacy random variables."""
+def prv_epsilon(releases: Releases, delta: float, error: float = 0.01) -> float:
+    """Epsilon by Opacus's numerical composition of privacy random variables.
+
+    It is the upper end of an interval of half-width `error`.
+    """
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
     accountant.history = [(releases.noise_multiplier, releases.sampling_rate, releases.count)]
     with np.errstate(all="ignore"):
-        return float(accountant.get_epsilon(delta, eps_error=PRV_ERROR))
+        return float(accountant.get_epsilon(delta, eps_error=error))
 
 
 def cross_check(releases: Releases, delta: float, claimed: float) -> dict[str, float]:
     """Second opinions on a claimed epsilon.
 
-    The known gaps: PRV lies within twice its asked-for error and 1 % of the PLD; RDP is never below
-    it by more than the PLD's discretisation, for both bound the same quantity.
+    The known gaps: PRV lies within twice its asked-for error (2 % of epsilon, between 0.001 and
+    0.01) and 1 % of the PLD; RDP is not below it by more than that, for it is the looser bound.
 
     Returns:
         Epsilon by accountant.
@@ -113,13 +114,16 @@ def cross_check(releases: Releases, delta: float, claimed: float) -> dict[str, f
     Raises:
         AccountingError: They disagree beyond their known gaps: do not run.
     """
-    opinions = {"rdp": rdp_epsilon(releases, delta), "prv": prv_epsilon(releases, delta)}
-    tolerance = 2 * PRV_ERROR + 0.01 * claimed
-    if abs(opinions["prv"] - claimed) > tolerance:
+    if not 0 <= claimed < math.inf:
+        raise AccountingError(f"PLD: epsilon {claimed} for {releases} is no price")
+    error = min(0.01, max(0.001, 0.02 * claimed))
+    opinions = {"rdp": rdp_epsilon(releases, delta), "prv": prv_epsilon(releases, delta, error)}
+    tolerance = 2 * error + 0.01 * claimed
+    if not abs(opinions["prv"] - claimed) <= tolerance:
         raise AccountingError(
             f"accountants disagree: PLD {claimed:.4f}, PRV {opinions['prv']:.4f} for {releases}"
         )
-    if opinions["rdp"] < claimed - tolerance:
+    if not opinions["rdp"] >= claimed - tolerance:
         raise AccountingError(
             f"accountants disagree: PLD {claimed:.4f}, RDP {opinions['rdp']:.4f} for {releases}"
         )
@@ -133,8 +137,8 @@ def calibrate(sampling_rate: float, count: int, epsilon: float, delta: float) ->
         AccountingError: No noise multiplier up to 10^4 reaches it.
     """
 
-    def price(noise_multiplier: float) -> float:
-        return pld_epsilon(Releases(noise_multiplier, sampling_rate, count), delta)
+    def price(noise_multiplier: float, grid: float = COARSE_GRID) -> float:
+        return pld_epsilon(Releases(noise_multiplier, sampling_rate, count), delta, grid)
 
     # Bracket from the side of much noise: small noise makes wide, slow distributions.
     high = 1.0
@@ -151,6 +155,11 @@ def calibrate(sampling_rate: float, count: int, epsilon: float, delta: float) ->
     while high - low > 1e-4 * high:
         middle = (high + low) / 2
         low, high = (low, middle) if price(middle) <= epsilon else (middle, high)
+    # The coarse grid errs on the safe side, and in runs of thousands of releases by much.
+    low = high * price(high, FINE_GRID) / epsilon
+    while high - low > 5e-3 * high:
+        middle = (high + low) / 2
+        low, high = (low, middle) if price(middle, FINE_GRID) <= epsilon else (middle, high)
     return Releases(high, sampling_rate, count)
 
 

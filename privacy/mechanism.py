@@ -11,6 +11,7 @@ from .noise import Coins
 from .plan import Plan
 
 Arrays = dict[str, np.ndarray]
+_LATTICE_BITS = 20
 Hook = Callable[[Mapping[str, np.ndarray], Plan, Coins], Arrays]
 
 
@@ -18,7 +19,11 @@ def add_noise(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arra
     """Adds the plan's Gaussian noise to a clipped sum.
 
     Formal guarantee: with a sum of L2 sensitivity `plan.clipping_norm` over a Poisson sample of
-    rate `plan.sampling_rate`, the result is one of the releases that the plan is priced for.
+    rate `plan.sampling_rate`, the result is one of the releases that the plan is priced for. The
+    noise is added in float64 and the result rounded to a public lattice of 2^-20 of its scale, so
+    that the low-order bits, which would tell one sum from another (Mironov 2012), are gone; what
+    follows is post-processing. It assumes that the sampler's float64 normals are as good as real
+    ones down to that lattice.
 
     Raises:
         ValueError: The plan has no noise, or the sum is not finite.
@@ -28,10 +33,9 @@ def add_noise(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arra
         raise ValueError(f"noise of standard deviation {scale}: must be > 0 and finite")
     if not all(np.isfinite(array).all() for array in total.values()):
         raise ValueError("sum: is not finite; it must be clipped before noise is added")
-    return {
-        name: array.astype(np.float32) + coins.gaussian(array.shape, scale)
-        for name, array in total.items()
-    }
+    lattice = 2.0 ** (math.floor(math.log2(scale)) - _LATTICE_BITS)
+    noised = {name: array + coins.gaussian(array.shape, scale) for name, array in total.items()}
+    return {name: np.rint(array / lattice) * lattice for name, array in noised.items()}
 
 
 def add_nothing(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arrays:

@@ -91,9 +91,9 @@ def train(
                 seconds=_seconds(sites=asked - began, server=time.perf_counter() - asked),
             )
     except BaseException as error:
-        # Whatever stopped it, the folder says so; only our own errors have a text that is ours.
+        # A run that stops early is charged its plan. Only our own errors have a text that is ours.
         cause = str(error) if isinstance(error, FedveilError) else type(error).__name__
-        tell("failed", round=state.round, cause=cause)
+        tell("failed", round=state.round, epsilon=priced.epsilon, cause=cause)
         raise
     total = time.perf_counter() - start
     metrics = _metrics(config, priced, state, run_id, len(nodes), total)
@@ -197,8 +197,9 @@ def _ask(
         run_id, number, config.model_dump_json(by_alias=True), schema_to_json(schema), state.model
     )
     messages = [Message(pack(task), node, TRAIN, group_id=str(number)) for node in nodes]
-    names = family(config.model.family).trainable(module)
-    like = {name: state.model[name] for name in names}
+    like = {name: state.model[name] for name in family(config.model.family).trainable(module)}
+    if STRATEGIES[config.strategy].replies == "gradients":
+        like = {name: array.astype(np.float64) for name, array in like.items()}
     return usable_replies(grid.send_and_receive(messages), nodes, run_id, number, like)
 
 

@@ -18,7 +18,7 @@ from ..client.app import client_app
 from ..client.site import Site
 from ..config import RunConfig
 from ..data_prep import modality
-from ..data_prep.clean import CleaningReport
+from ..data_prep.clean import CleaningReport, refuse_unusable
 from ..data_prep.partition import share_out
 from ..data_prep.schema import Schema, schema_to_json
 from ..flower import (
@@ -35,7 +35,7 @@ from ..flower import (
 )
 from ..privacy.noise import Coins
 from .app import server_app
-from .rounds import Observer
+from .rounds import Observer, RunError
 from .store import RunFolder
 
 _SERVER_NODE = 0
@@ -66,6 +66,7 @@ def load_shards(config: RunConfig, schema: Schema) -> Shards:
     raw = kind.read(data.source, schema)
     # Cleaning is record-wise: the whole may be checked here, and each part cleaned at its site.
     _, report = kind.clean(raw, schema, config.clean)
+    refuse_unusable(report)
 
     def column(name: str | None, *, wanted: bool) -> list[str]:
         return kind.values(raw, schema, name) if wanted and name is not None else []
@@ -110,6 +111,12 @@ def run_local(
     with _site_log(folder / "sites" / "site.log"), local_grid(app, list(sites), number) as grid:
         context = Context(number, _SERVER_NODE, {}, RecordDict(), {**values})
         server_app(observe)(grid, context)
+    # A federation must not be told; whoever simulates one must be.
+    if failed := [site.name for site in sites.values() if site.failed]:
+        raise RunError(
+            f"{', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}: failed and took part "
+            f"without records; {folder / 'sites' / 'site.log'} says why"
+        )
 
 
 def simulated_site(node: int, raw: Any, folder: Path) -> Site:  # noqa: ANN401
