@@ -146,7 +146,8 @@ def sample(
         labels = torch.zeros(n, dtype=torch.int64)
         if vae.prior is not None:
             share = vae.prior(torch.ones(1, 1))[0].softmax(dim=0)
-            labels = torch.multinomial(share, n, replacement=True, generator=generator)
+            ends = share.cumsum(dim=0)[:-1]
+            labels = torch.bucketize(torch.rand(n, generator=generator), ends)
     z = torch.randn(n, vae.options.latent, generator=generator)
     logits = vae.decode(z, _one_hot(vae, labels))
     if isinstance(vae.schema, ImageSchema):

@@ -1,6 +1,7 @@
 """Every bad input is one line on stderr and an exit code: no traceback, no run folder."""
 
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,19 +176,28 @@ CASES: dict[str, tuple[Files | None, str]] = {
     ),
     "no data file": ({"data.csv": ""}, "data.csv"),
     "data file that is gone": (changed("data.csv", "gone.csv"), "gone.csv: is no file"),
-    "header only": ({"data.csv": "age,weight,ill\n"}, "holds no records"),
+    "header only": ({"data.csv": "age,weight,ill\n"}, "data: holds no records"),
     "binary data": ({"data.csv": b"\x00\x01\xff\xfe" * 100}, "data.csv"),
-    "ragged data": ({"data.csv": TABLE + "1,2,no,4,5\n"}, "data.csv"),
+    "ragged data only": (
+        {"data.csv": "age,weight,ill\n" + "1,2,no,4,5\n1,2\n" * 5},
+        "none of 10 records is usable (10 are blank",
+    ),
+    "another separator": (
+        {"data.csv": "age,weight,ill\n" + TABLE.partition("\n")[2].replace(",", ";")},
+        "none of 20 records is usable (20 are blank",
+    ),
     "a column missing": ({"data.csv": TABLE.replace("weight", "height")}, '"weight" is missing'),
     "a column twice": ({"data.csv": TABLE.replace("age,weight", "age, age,weight")}, "data.csv"),
     "a header over two lines": (
         {"data.csv": TABLE.replace("age,weight", '"a\nge",weight')}, '"age" is missing'
     ),
     "a column of wrong type": (
-        {"data.csv": "age,weight,ill\n" + "old,70,no\n" * 9}, 'column "age"'
+        {"data.csv": "age,weight,ill\n" + "old,70,no\n" * 9},
+        "column \"age\" = 'old', ...: no value is what the schema declares",
     ),
     "a column of unknown categories": (
-        {"data.csv": TABLE.replace("yes", "1").replace("no", "0")}, 'column "ill"'
+        {"data.csv": TABLE.replace("yes", "1").replace("no", "0")},
+        "column \"ill\" = '0', ...: no value is what the schema declares",
     ),
     "a column of nothing": ({"data.csv": "age,weight,ill\n" + ",70,no\n" * 9}, "none of 9 records"),
     "all records unusable": (
@@ -209,7 +219,7 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "an archive without images": (images(npz(labels=LABELS)), 'no array "images"'),
     "an archive without labels": (images(npz(images=PIXELS)), 'no array "labels"'),
     "one number for images": (images(npz(images=np.array(3), labels=LABELS)), "data.npz"),
-    "an archive of no images": (images(npz(images=PIXELS[:0], labels=LABELS[:0])), "no images"),
+    "an archive of no images": (images(npz(images=PIXELS[:0], labels=LABELS[:0])), "data: holds no records"),
     "images of wrong shape": (
         images(npz(images=PIXELS[:, :4], labels=LABELS)), "the schema declares (8, 8, 1) uint8"
     ),
@@ -220,7 +230,10 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "pickled images": (
         images(npz(images=np.array([None]), labels=LABELS)), "data.npz"
     ),
-    "unknown classes": (images(npz(images=PIXELS, labels=LABELS + 7)), "none of 20 images"),
+    "unknown classes": (
+        images(npz(images=PIXELS, labels=LABELS + 7)),
+        "column \"label\" = '', ...: no value is what the schema declares",
+    ),
     "images of a size that the model cannot halve": (
         images(npz(images=PIXELS, labels=LABELS), schema=IMAGES.replace("8", "10")),
         "multiples of 4",
@@ -281,6 +294,34 @@ class TestSimulate:
     def test_the_good_images(self, call: Call, tmp_path: Path) -> None:
         lay(tmp_path, images(npz(images=PIXELS, labels=LABELS)))
         assert call("simulate", "run.toml", "--dry-run")[0] == 0
+
+    @pytest.mark.parametrize(
+        ("line", "found"),
+        [
+            (b"1,2,no,4,5\n", {"blank": 1, "kept": 20}),
+            (b"1,2\n", {"blank": 1, "kept": 20}),
+            (b",,\n", {"blank": 1, "kept": 20}),
+            (b'"1,2,no\n', {"blank": 1, "kept": 20}),
+            (b"\xff\xfe,2,no\n", {"blank": 0, "kept": 20}),
+            (b"30,70,no\n", {"blank": 0, "kept": 21}),
+        ],
+        ids=["too long", "too short", "empty", "an open quote", "no UTF-8", "a good one"],
+    )
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_bad_line_is_one_record_lost(
+        self, call: Call, tmp_path: Path, line: bytes, found: dict[str, int], first: bool
+    ) -> None:
+        """Whatever stands in one line: the run goes on, and the other records are all there."""
+        header, rest = (part.encode() for part in TABLE.split("\n", 1))
+        lines = line + rest if first else rest + line
+        lay(tmp_path, {"data.csv": header + b"\n" + lines})
+        code, _, err = call("simulate", "run.toml", "--out", "run", "--json")
+        assert (code, err) == (0, "")
+        reports = [json.loads(f.read_text()) for f in tmp_path.glob("run/sites/*/cleaning.json")]
+        assert len(reports) == 2
+        total = {key: sum(report[key] for report in reports) for key in ("blank", "kept")}
+        assert total == found
+        assert sum(report["records"] for report in reports) == 21
 
     @pytest.mark.parametrize("case", CASES)
     def test_bad(self, call: Call, tmp_path: Path, case: str) -> None:

@@ -1,6 +1,7 @@
 """Messages survive the wire exactly, and what is not exactly a message is refused."""
 
 import io
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -38,13 +39,14 @@ PLANTED = "PATIENT-4711"
 WEIGHTS = np.array([[1.5, -2.0]], dtype=np.float32)
 TASK = Task("run", 3, "{}", "{}", {"w": WEIGHTS})
 UPDATE = Update("run", 3, {"w": WEIGHTS})
+LITTLE = "little-endian"
 
 identifiers = st.text(max_size=20)
 rounds = st.integers(-(2**62), 2**62)
 arrays: st.SearchStrategy[dict[str, np.ndarray]] = st.dictionaries(
     st.text(min_size=1, max_size=10),
     hnp.arrays(
-        np.float32,
+        st.sampled_from([np.float32, np.float64]),
         hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3),
     ),
     max_size=3,
@@ -112,14 +114,49 @@ class TestRoundTrip:
         refused = Refused(run_id, number, code)
         assert read_reply(reply(pack(refused))) == refused
 
-    def test_a_single_number_keeps_its_shape(self) -> None:
-        got = read_task(pack(Task("run", 1, "", "", {"w": np.array(2.5, dtype=np.float32)})))
-        assert got.arrays["w"].shape == ()
+    @pytest.mark.parametrize("kind", [np.float32, np.float64])
+    def test_a_single_number_keeps_its_shape(self, kind: type[np.floating]) -> None:
+        got = read_task(pack(Task("run", 1, "", "", {"w": np.array(2.5, dtype=kind)})))
+        assert_same(got.arrays, {"w": np.array(2.5, dtype=kind)})
 
-    def test_arrays_that_are_views(self) -> None:
-        columns = np.arange(6, dtype=np.float32).reshape(2, 3).T[::2]
+    @pytest.mark.parametrize("kind", [np.float32, np.float64])
+    def test_arrays_that_are_views(self, kind: type[np.floating]) -> None:
+        columns = np.arange(6, dtype=kind).reshape(2, 3).T[::2]
         got = read_task(pack(Task("run", 1, "", "", {"w": columns})))
+        assert got.arrays["w"].dtype == kind
         assert np.array_equal(got.arrays["w"], columns)
+
+    def test_a_sum_keeps_all_its_bits(self) -> None:
+        """The rounding of a sum to float32 would be a sensitivity that nobody accounted for."""
+        precise = np.array([1 + 2.0**-52, 1e300, 2.0**-1074, 0.1])
+        got = read_reply(reply(pack(Update("run", 1, {"w": precise}))))
+        assert isinstance(got, Update)
+        assert_same(got.arrays, {"w": precise})
+
+    def test_both_types_in_one_message(self) -> None:
+        both = {"w": WEIGHTS, "v": WEIGHTS.astype(np.float64)}
+        assert_same(read_task(pack(Task("run", 1, "", "", both))).arrays, both)
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "raw"),
+        [
+            ("<f4", "float32", "<f4"),
+            ("<f8", "float64", "<f8"),
+            (">f4", "float32", "<f4"),
+            (">f8", "float64", "<f8"),
+        ],
+    )
+    def test_the_bytes_on_the_wire(self, kind: str, name: str, raw: str) -> None:
+        """Little-endian bytes, whatever order the array was in."""
+        numbers = np.array([[1.5, -2.0, 0.1]]).astype(kind)
+        content = pack(Update("run", 1, {"w": numbers}))
+        sent = content.array_records["arrays"]["w"]
+        assert (sent.dtype, tuple(sent.shape), sent.stype) == (name, (1, 3), LITTLE)
+        assert sent.data == numbers.astype(raw).tobytes()
+        got = read_reply(reply(content))
+        assert isinstance(got, Update)
+        assert got.arrays["w"].dtype == np.dtype(raw)
+        assert np.array_equal(got.arrays["w"], numbers)
 
     def test_a_refusal_travels_as_a_name_only(self) -> None:
         content = pack(Refused("run", 1, Refusal.BUDGET))
@@ -252,18 +289,37 @@ class TestMalformedReply:
 
 
 RAW = WEIGHTS.astype("<f4").tobytes()
+LONG = WEIGHTS.astype("<f8").tobytes()
+TYPE = r"^arrays: expected float32 or float64$"
+SHAPE = r"^arrays: expected a shape of whole numbers$"
+BYTES = r"^arrays: expected as many bytes as the shape asks for$"
 BAD_ARRAYS = {
-    "nothing": Array("float32", (1, 2), "float32", b""),
-    "half the data": Array("float32", (1, 2), "float32", RAW[:4]),
-    "more than the data": Array("float32", (1, 2), "float32", RAW + b"x"),
-    "a huge shape": Array("float32", (10**15, 10**15), "float32", RAW),
-    "a negative shape": Array("float32", (-1, -2), "float32", RAW),
-    "a truth for a size": Array("float32", (True, 2), "float32", RAW),
-    "another type": Array("float64", (1,), "float32", RAW),
-    "numpy's own format": Array(WEIGHTS),
-    "an archive": Array("float32", (1, 2), "numpy.ndarray", npz(w=WEIGHTS)),
-    "a pickle": Array("float32", (1, 2), "pickle", pickle.dumps([1, 2])),
-    "a planted name": Array(PLANTED, (1, 2), "float32", RAW),
+    "nothing": (Array("float32", (1, 2), LITTLE, b""), BYTES),
+    "half the data": (Array("float32", (1, 2), LITTLE, RAW[:4]), BYTES),
+    "more than the data": (Array("float32", (1, 2), LITTLE, RAW + b"x"), BYTES),
+    "float32 called float64": (Array("float64", (1, 2), LITTLE, RAW), BYTES),
+    "float64 called float32": (Array("float32", (1, 2), LITTLE, LONG), BYTES),
+    "half of float64": (Array("float64", (1, 2), LITTLE, LONG[:8]), BYTES),
+    "a huge shape": (Array("float32", (10**15, 10**15), LITTLE, RAW), BYTES),
+    "a shape of another size": (Array("float64", (3,), LITTLE, LONG), BYTES),
+    "a negative shape": (Array("float32", (-1, -2), LITTLE, RAW), SHAPE),
+    "a truth for a size": (Array("float32", (True, 2), LITTLE, RAW), SHAPE),
+    "integers": (Array("int32", (1, 2), LITTLE, RAW), TYPE),
+    "half precision": (Array("float16", (2, 2), LITTLE, RAW), TYPE),
+    "big-endian by type": (Array(">f4", (1, 2), LITTLE, RAW), TYPE),
+    "little-endian by type": (Array("<f4", (1, 2), LITTLE, RAW), TYPE),
+    "objects": (Array("object", (1,), LITTLE, RAW), TYPE),
+    "named fields": (Array("[('a', '<f4')]", (1, 2), LITTLE, RAW), TYPE),
+    "big-endian": (Array("float32", (1, 2), "big-endian", RAW), TYPE),
+    "the encoding of before": (Array("float32", (1, 2), "float32", RAW), TYPE),
+    "no encoding": (Array("float32", (1, 2), "", RAW), TYPE),
+    "numpy's own format": (Array(WEIGHTS), TYPE),
+    "numpy's own format, float64": (Array(WEIGHTS.astype(np.float64)), TYPE),
+    "an archive": (Array("float32", (1, 2), "numpy.ndarray", npz(w=WEIGHTS)), TYPE),
+    "an archive for raw bytes": (Array("float32", (1, 2), LITTLE, npz(w=WEIGHTS)), BYTES),
+    "a pickle": (Array("float32", (1, 2), "pickle", pickle.dumps([1, 2])), TYPE),
+    "a planted type": (Array(PLANTED, (1, 2), LITTLE, RAW), TYPE),
+    "a planted encoding": (Array("float64", (1, 2), PLANTED, LONG), TYPE),
 }
 
 
@@ -276,31 +332,42 @@ def with_array(content: RecordDict, array: Array) -> RecordDict:
 class TestBadArrays:
     @pytest.mark.parametrize("kind", BAD_ARRAYS)
     def test_the_server_refuses_them(self, kind: str) -> None:
-        with pytest.raises(WireError, match=r"^arrays: expected") as caught:
-            read_reply(reply(with_array(pack(UPDATE), BAD_ARRAYS[kind])))
+        array, said = BAD_ARRAYS[kind]
+        with pytest.raises(WireError, match=said) as caught:
+            read_reply(reply(with_array(pack(UPDATE), array)))
         assert PLANTED not in str(caught.value)
 
     @pytest.mark.parametrize("kind", BAD_ARRAYS)
     def test_a_site_refuses_them_too(self, kind: str) -> None:
-        with pytest.raises(WireError, match=r"^arrays: expected"):
-            read_task(with_array(pack(TASK), BAD_ARRAYS[kind]))
+        array, said = BAD_ARRAYS[kind]
+        with pytest.raises(WireError, match=said):
+            read_task(with_array(pack(TASK), array))
 
-    @given(st.binary(max_size=40), st.lists(st.integers(-3, 9), max_size=3))
+    @given(
+        st.sampled_from(["float32", "float64"]),
+        st.binary(max_size=40),
+        st.lists(st.integers(-3, 9), max_size=3),
+    )
     def test_any_bytes_and_shape_give_an_array_or_our_error(
-        self, data: bytes, shape: list[int]
+        self, kind: str, data: bytes, shape: list[int]
     ) -> None:
-        content = with_array(pack(UPDATE), Array("float32", tuple(shape), "float32", data))
-        try:
-            got = read_reply(reply(content))
-        except WireError:
+        content = with_array(pack(UPDATE), Array(kind, tuple(shape), LITTLE, data))
+        fits = min(shape, default=0) >= 0 and len(data) == np.dtype(kind).itemsize * math.prod(shape)
+        if not fits:
+            with pytest.raises(WireError, match=r"^arrays: expected"):
+                read_reply(reply(content))
             return
+        got = read_reply(reply(content))
         assert isinstance(got, Update)
+        assert got.arrays["w"].dtype == kind
         assert got.arrays["w"].shape == tuple(shape)
         assert got.arrays["w"].tobytes() == data
 
-    @pytest.mark.parametrize("kind", [np.float64, np.int32, np.float16, ">f4", object])
-    def test_only_float32_is_sent(self, kind: str) -> None:
-        with pytest.raises(WireError, match="expected float32"):
+    @pytest.mark.parametrize(
+        "kind", [np.int32, np.int64, np.float16, np.longdouble, np.complex64, bool, "V4", object]
+    )
+    def test_only_float32_and_float64_are_sent(self, kind: str) -> None:
+        with pytest.raises(WireError, match=r"^arrays: expected float32 or float64, got "):
             pack(Update("run", 1, {"w": np.zeros(3).astype(kind)}))
 
     def test_pickled_arrays_are_never_unpickled(self, tmp_path: Path) -> None:
@@ -313,7 +380,7 @@ class TestBadArrays:
         bombs = np.empty(1, dtype=object)
         bombs[0] = Bomb()
         for data in (npy(bombs), pickle.dumps(Bomb()), npz(w=bombs)):
-            for stype in ("numpy.ndarray", "float32"):
+            for stype in ("numpy.ndarray", LITTLE):
                 array = Array("float32", (1, 2), stype, data)
                 with pytest.raises(WireError):
                     read_reply(reply(with_array(pack(UPDATE), array)))
@@ -332,8 +399,10 @@ class TestNothingTheSiteWroteIsPassedOn:
             RecordDict({"facts": ConfigRecord({"run-id": "run", "round": 3, PLANTED: PLANTED})}),
             RecordDict({"facts": facts(**REPLY_FACTS), PLANTED: ARRAYS}),
             RecordDict({PLANTED: ARRAYS}),
-            with_array(pack(UPDATE), Array("float32", (1, 2), "float32", PLANTED.encode())),
+            with_array(pack(UPDATE), Array("float32", (1, 2), LITTLE, PLANTED.encode())),
             with_array(pack(UPDATE), Array(PLANTED, (1, 2), PLANTED, RAW)),
+            with_array(pack(UPDATE), Array(PLANTED, (1, 2), LITTLE, RAW)),
+            with_array(pack(UPDATE), Array("float64", (1, 2), PLANTED, LONG)),
         ],
     )
     def test_errors_are_our_own_words(self, content: RecordDict) -> None:

@@ -1,7 +1,6 @@
-"""A site reads and cleans its records once, keeps its report, and never fails by its data."""
+"""A site reads and cleans its records once, keeps its report, and says so if it cannot."""
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 
-from fedveil.client.site import Records, Site
+from fedveil.client.site import Records, Site, no_records
 from fedveil.config import RunConfig
 from fedveil.data_prep import modality, run_schema
 from fedveil.data_prep.clean import DataError
@@ -119,23 +118,57 @@ def test_the_cleaning_report_stays_in_the_sites_folder(
     assert (report["records"], report["kept"]) == (12, 10)
 
 
+@pytest.mark.parametrize("error", [DataError("no disk"), OSError("no disk")])
+def test_data_that_fail_are_the_callers_to_handle(
+    coins: Coins, config: RunConfig, tmp_path: Path, error: Exception
+) -> None:
+    """Nothing is made up here: `client.app` decides what a site without records sends."""
+    own = tmp_path / "own"
+    one = Site("site-007", failing(error), KEY, coins, own)
+    for _ in range(2):
+        with pytest.raises(type(error), match="no disk"):
+            one.records(config, SCHEMA)
+    assert not own.exists()
+
+
+def test_a_failed_reading_leaves_nothing_behind(coins: Coins, config: RunConfig) -> None:
+    """What a site has after a failure is all of its records, not the beginning of them."""
+    readings = iter([failing(DataError("no disk")), lambda: images(50)])
+    one = Site("site-007", lambda: next(readings)(), KEY, coins)
+    with pytest.raises(DataError, match="no disk"):
+        one.records(config, SCHEMA)
+    assert sum(sizes(one.records(config, SCHEMA))) == 50
+
+
+def test_a_site_has_not_failed_yet(coins: Coins, config: RunConfig) -> None:
+    one = site(images(20), coins)
+    one.records(config, SCHEMA)
+    assert one.failed is False
+
+
 @pytest.mark.parametrize("source", ["sklearn:digits", "sklearn:breast_cancer"])
-def test_data_that_fail_are_no_records(
-    source: str, make_config: MakeConfig, coins: Coins, caplog: pytest.LogCaptureFixture
+def test_no_records_are_the_empty_batch(
+    source: str, make_config: MakeConfig, coins: Coins
 ) -> None:
     config = make_config(data={"source": source})
     schema: Schema = run_schema(config)
-    one = Site("site-007", failing(DataError("no disk")), KEY, coins)
-    with caplog.at_level(logging.ERROR, "fedveil.client"):
-        records = one.records(config, schema)
-    assert sizes(records) == (0, 0, 0)
+    nothing = no_records(schema)
     width = (30,) if isinstance(schema, TableSchema) else (1, 8, 8)
-    assert records.training.x.shape == (0, *width)
-    assert records.training.x.dtype == torch.float32
-    assert records.training.y.dtype == torch.int64
-    # The cause is in the site's own log.
-    assert "site-007" in caplog.text
-    assert "no disk" in caplog.text
+    assert nothing.x.shape == (0, *width)
+    assert nothing.y.shape == (0,)
+    assert nothing.x.dtype == torch.float32
+    assert nothing.y.dtype == torch.int64
+    # It is what a site whose data are in order has, if it has none.
+    kind = modality(schema)
+    emptied = kind.take(kind.read(source, schema), np.arange(0))
+    training = site(emptied, coins).records(config, schema).training
+    assert (training.x.shape, training.x.dtype) == (nothing.x.shape, nothing.x.dtype)
+    assert (training.y.shape, training.y.dtype) == (nothing.y.shape, nothing.y.dtype)
+
+
+def test_no_records_of_colour_images() -> None:
+    colour = ImageSchema(height=8, width=12, channels=3, classes=("a", "b"))
+    assert no_records(colour).x.shape == (0, 3, 8, 12)
 
 
 def test_a_site_whose_records_are_all_unusable_has_none(

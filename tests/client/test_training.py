@@ -106,6 +106,48 @@ class TestGradientSum:
         assert noise.std() == pytest.approx(1.5, rel=0.1)
         assert abs(noise.mean()) < 4 * 1.5 / math.sqrt(len(noise))
 
+    @pytest.mark.parametrize("mechanism", ["central", "local", "none"])
+    @pytest.mark.parametrize("count", [0, 1, 20])
+    def test_sums_are_float64(self, config: RunConfig, mechanism: str, count: int) -> None:
+        module = module_for(config)
+        fixed = noisy(config, mechanism)
+        total = gradient_sum(family("vae"), module, batch(count), config, fixed, Everyone())
+        assert {name: array.shape for name, array in total.items()} == {
+            name: tuple(parameter.shape) for name, parameter in module.named_parameters()
+        }
+        assert all(array.dtype == np.float64 for array in total.values())
+
+    def test_they_were_never_rounded_to_float32(self, config: RunConfig) -> None:
+        """Clipped in float64: most factors, and so most sums, are no float32 numbers."""
+        fixed = replace(noisy(config, "central"), clipping_norm=0.01)
+        total = flat(
+            gradient_sum(family("vae"), module_for(config), batch(20), config, fixed, Everyone())
+        )
+        assert (total.astype(np.float32)[total != 0] != total[total != 0]).mean() > 0.9
+
+    @pytest.mark.parametrize("count", [0, 20])
+    def test_under_local_it_is_on_the_lattice(self, config: RunConfig, count: int) -> None:
+        """Noise of scale 1.5: multiples of 2^-20, and of no coarser power of two."""
+        fixed = noisy(config, "local")
+        sent = flat(
+            gradient_sum(family("vae"), module_for(config), batch(count), config, fixed, Everyone())
+        )
+        steps = sent * 2.0**20
+        assert (steps == np.rint(steps)).all()
+        assert 0.4 < (steps % 2 == 1).mean() < 0.6
+        # Without noise the sums of the same records are off it: it is the release that is rounded.
+        plain = flat(
+            gradient_sum(
+                family("vae"),
+                module_for(config),
+                batch(20),
+                config,
+                noisy(config, "central"),
+                Everyone(),
+            )
+        )
+        assert (plain * 2.0**20 != np.rint(plain * 2.0**20)).mean() > 0.5
+
     def test_noise_is_added_to_the_sum(self, config: RunConfig) -> None:
         """With coins of one key the two mechanisms differ by noise of the plan's scale."""
         plain, loud = (
@@ -185,14 +227,30 @@ class TestTrain:
         sent = train(module, batch(8), config, plan(config), Everyone())
         assert sent.keys() == before.keys()
         assert {n: a.shape for n, a in sent.items()} == {n: a.shape for n, a in before.items()}
-        assert all(a.dtype == np.float32 for a in sent.values())
+        assert all(a.dtype == np.float64 for a in sent.values())
         # The site took no step of its own.
         assert flat(to_arrays(module)).tobytes() == flat(before).tobytes()
 
     def test_fedavg_sends_the_model(self, averaged: RunConfig) -> None:
         module = module_for(averaged)
         sent = train(module, batch(8), averaged, plan(averaged), Everyone())
+        assert all(array.dtype == np.float32 for array in sent.values())
         assert flat(sent).tobytes() == flat(to_arrays(module)).tobytes()
+
+    @pytest.mark.parametrize("strategy", ["adam", "sgd"])
+    def test_what_is_summed_at_the_server_is_the_gradient_sum(
+        self, strategy: str, make_config: MakeConfig
+    ) -> None:
+        config = make_config(
+            privacy={"mechanism": "none"}, aggregation={"strategy": strategy}
+        ).resolved()
+        fixed = noisy(config, "central")
+        sent = train(module_for(config), batch(8), config, fixed, Everyone())
+        total = gradient_sum(
+            family("vae"), module_for(config), batch(8), config, fixed, Everyone()
+        )
+        assert all(array.dtype == np.float64 for array in sent.values())
+        assert flat(sent).tobytes() == flat(total).tobytes()
 
     def test_fedavg_takes_as_many_steps_as_are_priced(self, averaged: RunConfig) -> None:
         coins = Everyone()
@@ -274,3 +332,5 @@ class TestFrozen:
         for name in before.keys() - sent.keys():
             assert after[name].tobytes() == before[name].tobytes(), name
         assert all(array.any() for array in sent.values())
+        expected = np.float64 if strategy == "adam" else np.float32
+        assert all(array.dtype == expected for array in sent.values())

@@ -14,7 +14,12 @@ from PIL import Image
 
 from fedveil.config import Clean
 from fedveil.data_prep import Encoded, modality
-from fedveil.data_prep.clean import CleaningReport, ColumnReport, DataError
+from fedveil.data_prep.clean import (
+    CleaningReport,
+    ColumnReport,
+    DataError,
+    refuse_unusable,
+)
 from fedveil.data_prep.images import Images, clean, decode, encode, identities, read, take, values
 from fedveil.data_prep.schema import ImageSchema, TableSchema, parse_schema
 
@@ -144,9 +149,35 @@ def test_a_single_array_under_the_wrong_ending_is_refused(tmp_path: Path) -> Non
     assert refusal(str(path)).startswith("is a single array")
 
 
-def test_no_images_are_refused(save: Save) -> None:
-    path = save(images=pixels(0), labels=np.zeros(0, dtype=int))
-    assert refusal(path) == "holds no images"
+@pytest.mark.parametrize("labels", [np.zeros(0, dtype=int), np.zeros(0, dtype=str)])
+@pytest.mark.parametrize("schema", [GREY, PLAIN], ids=["classes", "no classes"])
+def test_no_images_are_read_and_cleaned_and_only_then_refused(
+    save: Save, labels: np.ndarray, schema: ImageSchema
+) -> None:
+    raw = read(save(images=pixels(0), labels=labels), schema)
+    assert raw.pixels.shape == (0, 8, 4, 1)
+    none_at_all(raw, schema)
+
+
+def none_at_all(raw: Images, schema: ImageSchema) -> None:
+    assert len(raw.pixels) == len(raw.labels) == len(raw.usable) == 0
+    found, report = clean(raw, schema, Clean())
+    assert found.pixels.shape == raw.pixels.shape
+    assert report == CleaningReport(
+        records=0, blank=0, kept=0, columns={"image": ColumnReport(), "label": ColumnReport()}
+    )
+    assert encode(found, schema).x.shape == (0, 1, 8, 4)
+    assert identities(found, schema) == []
+    assert unusable(report) == "data: holds no records; check the file"
+
+
+def unusable(report: CleaningReport) -> str:
+    """The one line that refuses what cleaning found."""
+    with pytest.raises(DataError) as caught:
+        refuse_unusable(report)
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    return line
 
 
 @pytest.mark.parametrize("name", ["absent.npz", "x.png", "x.npy"])
@@ -195,25 +226,34 @@ def test_a_grey_channel_may_be_written_out(save: Save) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "kept"),
+    ("labels", "kept", "example"),
     [
-        (np.array([0, 2, -1, 1]), ["cat", "dog"]),
-        (np.array([0, 255, 7, 1], dtype=np.uint8), ["cat", "dog"]),
-        (np.array(["dog", "Cat", "", "cat"]), ["dog", "cat"]),
+        (np.array([0, 2, -1, 1]), ["cat", "dog"], ""),
+        (np.array([0, 255, 7, 1], dtype=np.uint8), ["cat", "dog"], ""),
+        (np.array(["dog", "Cat", "", "cat"]), ["dog", "cat"], "Cat"),
+        (np.array([b"dog", b"\xff", b"cow", b"cat"]), ["dog", "cat"], None),
     ],
 )
 def test_images_of_an_undeclared_class_are_dropped_and_counted(
-    save: Save, labels: np.ndarray, kept: list[str]
+    save: Save, labels: np.ndarray, kept: list[str], example: str | None
 ) -> None:
     made = pixels(4)
     found, report = clean(read(save(images=made, labels=labels), GREY), GREY, Clean())
     assert found.labels.tolist() == kept
     assert (found.pixels[..., 0] == made[[0, 3]]).all()
+    if example is None:  # how bytes that are no text are shown is left open
+        example = report.columns["label"].example
+        assert isinstance(example, str)
     assert report == CleaningReport(
         records=4,
+        blank=0,
         kept=2,
-        columns={"image": ColumnReport(), "label": ColumnReport(unknown_categories=2)},
+        columns={
+            "image": ColumnReport(),
+            "label": ColumnReport(unknown_categories=2, example=example),
+        },
     )
+    refuse_unusable(report)
 
 
 # Folders.
@@ -249,18 +289,20 @@ def test_bad_images_of_a_folder_are_dropped_one_by_one_and_counted(folder: Path)
     assert (found.pixels[..., 0] == pixels(3)[:2]).all()
     assert report == CleaningReport(
         records=7,
+        blank=0,
         kept=2,
         columns={
-            "image": ColumnReport(type_errors=4),
-            "label": ColumnReport(unknown_categories=1),
+            "image": ColumnReport(type_errors=4, example="not 8x4"),
+            "label": ColumnReport(unknown_categories=1, example="cow"),
         },
     )
+    refuse_unusable(report)
 
 
 def test_without_classes_a_folder_s_names_mean_nothing(folder: Path) -> None:
     found, report = clean(read(str(folder), PLAIN), PLAIN, Clean())
     assert found.labels.tolist() == ["", "", ""]
-    assert report.columns["image"] == ColumnReport(type_errors=4)
+    assert report.columns["image"] == ColumnReport(type_errors=4, example="not 8x4")
     # There is no class to be unknown.
     assert report.columns["label"] == ColumnReport()
 
@@ -291,17 +333,50 @@ def test_the_order_of_a_folder_is_its_names(tmp_path: Path) -> None:
     assert (read(str(tmp_path), GREY).pixels[..., 0] == made).all()
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert refusal(str(tmp_path)) == "holds no images"
+@pytest.mark.parametrize("schema", [GREY, PLAIN], ids=["classes", "no classes"])
+def test_an_empty_folder_holds_no_records(tmp_path: Path, schema: ImageSchema) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "notes.txt").touch()
+    none_at_all(read(str(tmp_path), schema), schema)
 
 
 def test_a_folder_without_a_usable_image_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "cat" / "a.png", np.zeros((4, 4), dtype=np.uint8))
     put(tmp_path / "cow" / "b.png", pixels(1)[0])
-    with pytest.raises(DataError) as caught:
-        clean(read(str(tmp_path), GREY), GREY, Clean())
-    assert str(caught.value) == (
-        "data: none of 2 images is usable: must be 8x4, 1 channel(s), of a declared class"
+    found, report = clean(read(str(tmp_path), GREY), GREY, Clean())
+    assert found.pixels.shape == (0, 8, 4, 1)
+    assert report == CleaningReport(
+        records=2,
+        blank=0,
+        kept=0,
+        columns={
+            "image": ColumnReport(type_errors=1, example="not 8x4"),
+            "label": ColumnReport(unknown_categories=1, example="cow"),
+        },
+    )
+    line = unusable(report)
+    assert line.startswith('data: none of 2 records is usable (0 are blank; column "image": ')
+    assert "type_errors 1" in line
+    assert "not 8x4" in line
+    assert line.endswith("); compare the schema with the file")
+
+
+def test_images_of_a_wrong_shape_throughout_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / "cat" / f"{name}.png", np.zeros((4, 4), dtype=np.uint8))
+    found, report = clean(read(str(tmp_path), GREY), GREY, Clean())
+    assert len(found.pixels) == report.kept == 0
+    assert unusable(report).startswith(
+        "column \"image\" = 'not 8x4', ...: no value is what the schema declares; "
+    )
+
+
+def test_images_of_undeclared_classes_throughout_are_refused(save: Save) -> None:
+    raw = read(save(images=pixels(2), labels=np.array(["Cat", "cow"])), GREY)
+    found, report = clean(raw, GREY, Clean())
+    assert len(found.pixels) == report.kept == 0
+    assert unusable(report).startswith(
+        "column \"label\" = 'Cat', ...: no value is what the schema declares; "
     )
 
 
@@ -329,6 +404,44 @@ def test_one_more_image_adds_at_most_itself(folder: Path) -> None:
     after, _ = clean(read(str(folder), GREY), GREY, Clean())
     assert len(after.pixels) == 3
     assert (after.pixels[[0, 2]] == before.pixels).all()
+
+
+sources = st.lists(
+    st.tuples(st.sampled_from(["cat", "dog", "cow", ""]), st.booleans(), st.integers(0, 255)),
+    max_size=5,
+)
+
+
+def made_of(found: list[tuple[str, bool, int]]) -> Images:
+    return Images(
+        np.array([np.full((8, 4, 1), grey) for *_, grey in found], dtype=np.uint8).reshape(
+            -1, 8, 4, 1
+        ),
+        np.array([label for label, *_ in found], dtype=str),
+        np.array([usable for _, usable, _ in found], dtype=bool),
+    )
+
+
+@given(sources, sources, st.sampled_from([GREY, PLAIN]))
+def test_cleaning_commutes_with_putting_together(
+    first: list[tuple[str, bool, int]],
+    second: list[tuple[str, bool, int]],
+    schema: ImageSchema,
+) -> None:
+    found, report = clean(made_of(first + second), schema, Clean())
+    parts = [clean(made_of(part), schema, Clean()) for part in (first, second)]
+    assert found.labels.tolist() == [n for part, _ in parts for n in part.labels.tolist()]
+    assert (found.pixels == np.concatenate([part.pixels for part, _ in parts])).all()
+    assert found.usable.all()
+    assert (report.records, report.blank) == (len(first) + len(second), 0)
+    assert report.kept == len(found.pixels) == sum(part.kept for _, part in parts)
+    for name, column in report.columns.items():
+        one, other = (part.columns[name] for _, part in parts)
+        assert column == ColumnReport(
+            type_errors=one.type_errors + other.type_errors,
+            unknown_categories=one.unknown_categories + other.unknown_categories,
+            example=other.example if one.example is None else one.example,
+        )
 
 
 # Digits.

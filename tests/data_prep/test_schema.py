@@ -123,6 +123,13 @@ def test_a_category_that_no_value_can_be_is_refused(category: str) -> None:
     assert "categories" in refusal(raw)
 
 
+@pytest.mark.parametrize("missing", [[], ["NA"], [""]])
+def test_nothing_at_all_is_no_category(missing: list[str]) -> None:
+    """It is missing, whatever markers are declared."""
+    column = {"name": "a", "kind": "categorical", "categories": ["", "x"]}
+    assert "categories" in refusal({"column": [column], "missing": missing})
+
+
 # The table.
 
 

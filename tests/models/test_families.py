@@ -186,7 +186,7 @@ class TestGradients:
         plain = torch.autograd.grad(losses.sum(), list(case.module.parameters()), allow_unused=True)
         for (name, parameter), gradient in zip(case.module.named_parameters(), plain, strict=True):
             expected = torch.zeros_like(parameter) if gradient is None else gradient
-            assert torch.allclose(wide[name], expected, rtol=1e-4, atol=1e-4), name
+            assert torch.allclose(wide[name].float(), expected, rtol=1e-4, atol=1e-4), name
 
     def test_the_server_step_keeps_names_and_shapes(self, case: Case) -> None:
         names = case.kind.trainable(case.module)

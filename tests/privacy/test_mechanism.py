@@ -83,7 +83,7 @@ class TestAddNoise:
         released = add_noise(total, make_plan(), Coins(KEY))
         assert list(released) == ["a", "b", "c"]
         assert [a.shape for a in released.values()] == [(2, 3), (), (0,)]
-        assert {a.dtype for a in released.values()} == {np.dtype(np.float32)}
+        assert {a.dtype for a in released.values()} == {np.dtype(np.float64)}
         assert all((a == 1).all() for a in total.values())
 
     def test_each_array_and_each_call_has_noise_of_its_own(self) -> None:

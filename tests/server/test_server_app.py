@@ -26,7 +26,7 @@ MakeConfig = Callable[..., RunConfig]
 
 
 class Obliging(Grid):
-    """Two sites whose gradients are all zero."""
+    """Two sites whose gradient sums, float64, are all zero."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -64,7 +64,7 @@ class Obliging(Grid):
         for message in messages:
             self.asked += 1
             task = read_task(message.content)
-            zeros = {name: np.zeros_like(array) for name, array in task.arrays.items()}
+            zeros = {name: np.zeros(array.shape) for name, array in task.arrays.items()}
             yield Message(pack(Update(task.run_id, task.round, zeros)), reply_to=message)
 
 
@@ -127,4 +127,6 @@ def test_an_observer_that_fails_fails_the_run(values: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="no screen"):
         start(values, observe)
     folder = RunFolder(Path(values["folder"]))
-    assert [event["event"] for event in folder.events()] == ["run", "round", "failed"]
+    events = list(folder.events())
+    assert [event["event"] for event in events] == ["run", "round", "failed"]
+    assert (events[-1]["cause"], events[-1]["epsilon"]) == ("ValueError", None)
