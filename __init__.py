@@ -11,7 +11,7 @@ Everything is imported on use, so that `import fedveil` costs nothing.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .run import Run, load, simulate
+    from .api import Run, load, simulate
 
 __all__ = ["Run", "__version__", "load", "simulate"]
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     if name in {"Run", "load", "simulate"}:
-        from . import run
+        from . import api
 
-        return getattr(run, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'fedveil' has no attribute {name!r}")

@@ -89,7 +89,7 @@ def simulate(
     if dry_run:
         _print_plan(loaded, as_json=as_json)
         return
-    from .run import simulate as run_simulation
+    from .api import simulate as run_simulation
 
     with _progress() as observe:
         run = run_simulation(loaded, out=out, observe=observe)
@@ -111,8 +111,8 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw synthetic records from a finished run."""
+    from .api import load
     from .export import write
-    from .run import load
 
     loaded = load(run)
     write(loaded, n, out, seed)
@@ -141,8 +141,8 @@ def init(
 
 
 def _print_plan(loaded: Any, *, as_json: bool) -> None:  # noqa: ANN401
+    from .api import resolve
     from .privacy.plan import plan
-    from .run import resolve
     from .server.simulation import load_shards
 
     resolved, schema = resolve(loaded)

@@ -1,24 +1,14 @@
-"""The Python API: simulate a federation, load a finished run, sample from it."""
+"""A finished run: what it promised, what happened, and samples of its model."""
 
-import itertools
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import (
-    ConfigError,
-    FedveilError,
-    RunConfig,
-    load_config,
-    override,
-    read_toml,
-    validated,
-)
-from .data_prep import Encoded, modality, run_schema
+from .config import ConfigError, FedveilError, RunConfig, read_toml, validated
+from .data_prep import Encoded, modality
 from .data_prep.schema import ImageSchema, Schema, schema_from_json
 from .server.store import Event, RunFolder
 
@@ -26,85 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
     from torch import nn
-
-    from .server.rounds import Observer
-
-
-def simulate(
-    config: RunConfig | Path | str,
-    *,
-    out: Path | str | None = None,
-    observe: "Observer | None" = None,
-    **overrides: Mapping[str, Any],
-) -> "Run":
-    """Simulates a federation on this machine.
-
-    Args:
-        config: A configuration, or the path of one.
-        out: The run folder, new or empty. Default: `runs/NAME-TIME`.
-        observe: Sees every event of the run as it happens.
-        overrides: Options that win, by section: `privacy={"epsilon": 3.0}`.
-
-    Returns:
-        The finished run, with samples of its model in its folder.
-
-    Raises:
-        ConfigError: The configuration, the data or the folder is unusable. Nothing has run.
-        FedveilError: The run failed; its folder says why.
-    """
-    from .privacy.plan import plan
-    from .server.app import ignore
-    from .server.simulation import load_shards, run_local
-
-    resolved, schema = resolve(config, overrides)
-    shards = load_shards(resolved, schema)
-    plan(resolved)  # a budget that cannot be reached is refused before anything is written
-    path = Path(out) if out is not None else default_folder(resolved.federation.name)
-    RunFolder(path).create()
-    run_local(resolved, schema, shards, path, observe or ignore)
-    run = Run(path)
-    run.write_samples()
-    return run
-
-
-def resolve(
-    config: RunConfig | Path | str, overrides: Mapping[str, Mapping[str, Any]] | None = None
-) -> tuple[RunConfig, Schema]:
-    """The configuration in force and its schema.
-
-    Raises:
-        ConfigError: They are unusable.
-    """
-    settings: dict[str, Any] = {}
-    for section, options in (overrides or {}).items():
-        if not isinstance(options, Mapping):
-            raise ConfigError(f"{section} = {options!r}: must be a section, {section}={{...}}")
-        settings |= {f"{section}.{key}": value for key, value in options.items()}
-    if not isinstance(config, RunConfig):
-        config = load_config(config, settings)
-    elif settings:
-        config = override(config.model_dump(by_alias=True), settings)
-    schema = run_schema(config)
-    return config.resolved(), schema
-
-
-def load(path: Path | str) -> "Run":
-    """Opens a finished run.
-
-    Raises:
-        FedveilError: The folder holds none.
-    """
-    run = Run(Path(path))
-    if missing := [key for key in ("run_id", "family", "privacy") if key not in run.metrics]:
-        raise FedveilError(f"{run.path}: metrics.json: {missing[0]}: missing")
-    return run
-
-
-def default_folder(name: str) -> Path:
-    """A new folder below `runs/`."""
-    base = f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    names = (base if again == 1 else f"{base}-{again}" for again in itertools.count(1))
-    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())
 
 
 class Run:
@@ -192,14 +103,6 @@ class Run:
         batch = family(self.config.model.family).sample(self._module, n, generator, wanted)
         encoded = Encoded(batch.x.numpy(), batch.y.numpy())
         return modality(self.schema).decode(encoded, self.schema)
-
-    def write_samples(self) -> None:
-        """Writes `samples.*` into the run folder: a picture, and for tables the records too."""
-        from .export import GRID_SAMPLES, TABLE_SAMPLES, write
-
-        if self.schema.modality == "table":
-            write(self, TABLE_SAMPLES, self.path / "samples.csv")
-        write(self, GRID_SAMPLES, self.path / "samples.png")
 
     @cached_property
     def _module(self) -> "nn.Module":

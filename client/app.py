@@ -71,8 +71,9 @@ def _work(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: Sit
         return part(lambda: site.records(config, schema).training)
     except Exception:
         log.exception("%s: round %d: goes on without records", site.name, task.round)
-        site.failed = True
-        return part(lambda: no_records(schema))
+        arrays = part(lambda: no_records(schema))
+        site.failed = True  # now it is known that its records were the cause
+        return arrays
 
 
 @lru_cache(maxsize=4)

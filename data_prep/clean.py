@@ -106,10 +106,11 @@ def refuse_unusable(report: CleaningReport) -> None:
     if not report.kept:
         found = {name: asdict(column) for name, column in report.columns.items()}
         worst = max(found, key=lambda name: sum(v for v in found[name].values() if type(v) is int))
-        counts = ", ".join(f"{key} {value}" for key, value in found[worst].items() if value)
+        counts = ", ".join(f"{key} {value!r}" for key, value in found[worst].items() if value)
+        blame = f'; column "{worst}": {counts}' if counts else ""
         raise DataError(
-            f"data: none of {report.records} records is usable ({report.blank} are blank; "
-            f'column "{worst}": {counts}); compare the schema with the file'
+            f"data: none of {report.records} records is usable ({report.blank} are blank{blame}); "
+            "compare the schema with the file"
         )
 
 

@@ -40,7 +40,7 @@ def read(source: str, schema: Schema) -> Images:
     """Reads images of the schema's shape.
 
     Raises:
-        DataError: Missing, empty or unparsable, or all images have a wrong shape.
+        DataError: The file or folder is missing, or cannot be read as images of this shape.
     """
     schema = _image(schema)
     if source == "sklearn:digits":
@@ -173,6 +173,8 @@ def _class_names(labels: np.ndarray, schema: ImageSchema) -> np.ndarray:
     if np.issubdtype(labels.dtype, np.integer):
         known = (labels >= 0) & (labels < len(schema.classes))
         return np.where(known, np.array(schema.classes)[labels * known], "")
+    if labels.dtype.kind == "S":  # one label's bytes may not spoil the others
+        return np.char.decode(labels, "utf-8", "replace")
     return labels.astype(str)
 
 

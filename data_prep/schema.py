@@ -91,7 +91,7 @@ class TableSchema(Options):
         if twice := repeated(names):
             raise ValueError(f"column: {twice!r} is declared twice")
         for column in self.columns:
-            if lost := set(column.categories) & set(self.missing):
+            if lost := set(column.categories) & {"", *self.missing}:
                 raise ValueError(
                     f'column "{column.name}": categories: {min(lost)!r} is a missing marker'
                 )

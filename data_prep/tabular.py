@@ -52,8 +52,8 @@ def values(raw: pl.DataFrame, schema: Schema, column: str) -> list[str]:
             f"{', '.join(raw.columns)}"
         )
     aliases = next((c.aliases for c in schema.columns if c.name == column), {})
-    text = trimmed(raw[column], schema.missing).fill_null("")
-    return text.replace(aliases).to_list() if aliases else text.to_list()
+    text = trimmed(raw[column], schema.missing)
+    return (text.replace(aliases) if aliases else text).fill_null("").to_list()
 
 
 def take(raw: pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
@@ -137,13 +137,15 @@ def _read_lines(path: Path, schema: TableSchema) -> pl.DataFrame:
     and bytes that are not UTF-8 are replaced: no record can spoil the reading of another.
     """
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        rows = [_fields(line, separator) for line in lines if line.strip()]
+    with path.open(encoding="utf-8", errors="replace") as opened:
+        # A byte order mark is taken off any line, or the first record would differ from others.
+        lines = [line.removeprefix("\ufeff") for line in opened]
+    rows = [_fields(line, separator) for line in lines if line.strip()]
     names = [column.name for column in schema.columns]
     if schema.header:
         names = [name.strip() for name in rows.pop(0)] if rows else []
         if twice := repeated(names):
-            raise DataError(f'data.source = {path}: column "{twice}" is there twice')
+            raise DataError(f"data.source = {path}: column {twice!a} is there twice")
     blank = [None] * len(names)
     whole = [row if len(row) == len(names) else blank for row in rows]
     return pl.DataFrame(whole, schema=dict.fromkeys(names, pl.String), orient="row")

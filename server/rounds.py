@@ -59,50 +59,67 @@ def train(
         RunError: Too few usable replies. The folder keeps the last whole state.
     """
     start = time.perf_counter()
-
-    def tell(event: str, **facts: Any) -> None:  # noqa: ANN401
-        line = {"event": event, **facts}
-        folder.append(line)
-        observe(line)
-
-    priced, coins = plan(config), Coins.from_system()
     module = family(config.model.family).build(config.model, schema)
     initialise(module, torch.Generator().manual_seed(config.federation.seed))
+    nodes = tuple(sorted(grid.get_node_ids()))
+    run = _Run(grid, nodes, config, schema, run_id, folder, observe, plan(config), module)
     state = STRATEGIES[config.strategy].init(to_arrays(module))
-    nodes = sorted(grid.get_node_ids())
-    tell("run", run_id=run_id, privacy=priced.as_dict(), sites=len(nodes))
-    dropped_ever: set[int] = set()
+    run.tell("run", run_id=run_id, privacy=run.priced.as_dict(), sites=len(nodes))
     try:
-        while state.round < priced.rounds:
-            began = time.perf_counter()
-            replies = _ask(grid, nodes, state, config, schema, run_id, module)
-            _enough(replies, state.round + 1, config, len(nodes))
-            asked = time.perf_counter()
-            state = advance(state, replies, module, config, priced, coins)
-            _still_finite(state)
-            folder.save_checkpoint(state, {"run_id": run_id})
-            dropped_ever |= replies.dropped.keys()
-            tell(
-                "round",
-                round=state.round,
-                epsilon=priced.epsilon_after(state.round),
-                sites=len(replies.usable),
-                dropped=[{"site": n, "reason": why} for n, why in replies.dropped.items()],
-                seconds=_seconds(sites=asked - began, server=time.perf_counter() - asked),
-            )
+        coins = Coins.from_system()
+        while state.round < run.priced.rounds:
+            state, facts = _round(run, state, coins)
+            run.tell("round", **facts)
     except BaseException as error:
         # A run that stops early is charged its plan. Only our own errors have a text that is ours.
         cause = str(error) if isinstance(error, FedveilError) else type(error).__name__
-        tell("failed", round=state.round, epsilon=priced.epsilon, cause=cause)
+        run.tell("failed", round=state.round, epsilon=run.priced.epsilon, cause=cause)
         raise
-    total = time.perf_counter() - start
-    metrics = _metrics(config, priced, state, run_id, len(nodes), total)
+    total = round(time.perf_counter() - start, 3)
+    metrics = _metrics(run, state, total)
     facts = {"run_id": run_id, "family": config.model.family, "privacy": metrics["privacy"]}
     folder.write("model.safetensors", to_bytes(state.average, facts))
     folder.write_json("metrics.json", metrics)
-    tell(
-        "finished", rounds=state.round, dropped_sites=sorted(dropped_ever), seconds=round(total, 3)
-    )
+    run.tell("finished", rounds=state.round, seconds=total)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from round to round; `module` only lends its structure."""
+
+    grid: Grid
+    nodes: tuple[int, ...]
+    config: RunConfig
+    schema: Schema
+    run_id: str
+    folder: RunFolder
+    observe: Observer
+    priced: Plan
+    module: nn.Module
+
+    def tell(self, event: str, **facts: Any) -> None:  # noqa: ANN401
+        line = {"event": event, **facts}
+        self.folder.append(line)
+        self.observe(line)
+
+
+def _round(run: _Run, state: ServerState, coins: Coins) -> tuple[ServerState, dict[str, Any]]:
+    """One round: the state after it, stored, and what may be told of it."""
+    began = time.perf_counter()
+    replies = _ask(run, state)
+    _enough(replies, state.round + 1, run)
+    asked = time.perf_counter()
+    state = advance(state, replies, run.module, run.config, run.priced, coins)
+    _still_finite(state)
+    # The checkpoint comes before the event: a round that was told of is never lost.
+    run.folder.save_checkpoint(state, {"run_id": run.run_id})
+    return state, {
+        "round": state.round,
+        "epsilon": run.priced.epsilon_after(state.round),
+        "sites": len(replies.usable),
+        "dropped": [{"site": n, "reason": why} for n, why in replies.dropped.items()],
+        "seconds": _seconds(sites=asked - began, server=time.perf_counter() - asked),
+    }
 
 
 def advance(
@@ -183,33 +200,31 @@ def usable_replies(
     return Replies(tuple(usable[n] for n in sorted(usable)), dict(sorted(dropped.items())))
 
 
-def _ask(
-    grid: Grid,
-    nodes: list[int],
-    state: ServerState,
-    config: RunConfig,
-    schema: Schema,
-    run_id: str,
-    module: nn.Module,
-) -> Replies:
-    number = state.round + 1
+def _ask(run: _Run, state: ServerState) -> Replies:
+    config, number = run.config, state.round + 1
     task = Task(
-        run_id, number, config.model_dump_json(by_alias=True), schema_to_json(schema), state.model
+        run.run_id,
+        number,
+        config.model_dump_json(by_alias=True),
+        schema_to_json(run.schema),
+        state.model,
     )
-    messages = [Message(pack(task), node, TRAIN, group_id=str(number)) for node in nodes]
-    like = {name: state.model[name] for name in family(config.model.family).trainable(module)}
+    messages = [Message(pack(task), node, TRAIN, group_id=str(number)) for node in run.nodes]
+    names = family(config.model.family).trainable(run.module)
+    like = {name: state.model[name] for name in names}
     if STRATEGIES[config.strategy].replies == "gradients":
+        # Sums come as float64: the rounding of a sum to float32 would add to its sensitivity.
         like = {name: array.astype(np.float64) for name, array in like.items()}
-    return usable_replies(grid.send_and_receive(messages), nodes, run_id, number, like)
+    return usable_replies(run.grid.send_and_receive(messages), run.nodes, run.run_id, number, like)
 
 
-def _enough(replies: Replies, number: int, config: RunConfig, sites: int) -> None:
-    if len(replies.usable) >= config.min_replies:
+def _enough(replies: Replies, number: int, run: _Run) -> None:
+    if len(replies.usable) >= run.config.min_replies:
         return
     reasons = "; ".join(f"site {node}: {why}" for node, why in list(replies.dropped.items())[:3])
     raise RunError(
-        f"round {number}: {len(replies.usable)} of {sites} replies are usable, "
-        f"federation.min_replies = {config.min_replies} ({reasons})"
+        f"round {number}: {len(replies.usable)} of {len(run.nodes)} replies are usable, "
+        f"federation.min_replies = {run.config.min_replies} ({reasons})"
     )
 
 
@@ -220,17 +235,15 @@ def _still_finite(state: ServerState) -> None:
         )
 
 
-def _metrics(
-    config: RunConfig, priced: Plan, state: ServerState, run_id: str, sites: int, total: float
-) -> dict[str, Any]:
+def _metrics(run: _Run, state: ServerState, seconds: float) -> dict[str, Any]:
     return {
-        "run_id": run_id,
-        "family": config.model.family,
+        "run_id": run.run_id,
+        "family": run.config.model.family,
         "rounds": state.round,
-        "sites": sites,
-        "privacy": priced.as_dict() | {"epsilon": priced.epsilon_after(state.round)},
+        "sites": len(run.nodes),
+        "privacy": run.priced.as_dict(),
         "quality": {},  # accounted figures only, and none is accounted for yet
-        "seconds": {"total": round(total, 3)},
+        "seconds": {"total": seconds},
     }
 
 

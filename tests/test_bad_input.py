@@ -219,7 +219,9 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "an archive without images": (images(npz(labels=LABELS)), 'no array "images"'),
     "an archive without labels": (images(npz(images=PIXELS)), 'no array "labels"'),
     "one number for images": (images(npz(images=np.array(3), labels=LABELS)), "data.npz"),
-    "an archive of no images": (images(npz(images=PIXELS[:0], labels=LABELS[:0])), "data: holds no records"),
+    "an archive of no images": (
+        images(npz(images=PIXELS[:0], labels=LABELS[:0])), "data: holds no records"
+    ),
     "images of wrong shape": (
         images(npz(images=PIXELS[:, :4], labels=LABELS)), "the schema declares (8, 8, 1) uint8"
     ),

@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 import fedveil
+from fedveil import api as api_module
 from fedveil import cli
-from fedveil import run as run_module
 from fedveil.config import FedveilError
 from fedveil.export import read_provenance
 
@@ -145,7 +145,7 @@ class TestSimulate:
     def test_the_promise_of_a_private_run(
         self, call: Call, finished_run: fedveil.Run, monkeypatch: pytest.MonkeyPatch, tiny: Path
     ) -> None:
-        monkeypatch.setattr(run_module, "simulate", lambda *_, **__: finished_run)
+        monkeypatch.setattr(api_module, "simulate", lambda *_, **__: finished_run)
         result = call("simulate", tiny)
         assert f"epsilon {finished_run.privacy['epsilon']:.3f} of 8" in result.out
         assert "mechanism central" in result.out
@@ -292,7 +292,7 @@ class TestErrors:
         def fail(*arguments: object, **options: object) -> None:
             raise FedveilError("round 3: 1 of 10 replies are usable")
 
-        monkeypatch.setattr(run_module, "simulate", fail)
+        monkeypatch.setattr(api_module, "simulate", fail)
         result = call("simulate", tiny, "--json")
         assert (result.code, result.out) == (1, "")
         assert result.err == "error: round 3: 1 of 10 replies are usable\n"
@@ -304,7 +304,7 @@ class TestErrors:
         def fail(*arguments: object, **options: object) -> None:
             raise kind("a bug")
 
-        monkeypatch.setattr(run_module, "simulate", fail)
+        monkeypatch.setattr(api_module, "simulate", fail)
         result = call("simulate", tiny)
         assert result.code == 1
         assert result.err.startswith("error: ")
@@ -316,7 +316,7 @@ class TestErrors:
         def fail(*arguments: object, **options: object) -> None:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(run_module, "simulate", fail)
+        monkeypatch.setattr(api_module, "simulate", fail)
         result = call("--debug", "simulate", tiny)
         assert result.code == 1
         assert "Traceback" in result.err

@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 import fedveil
-from fedveil import run as run_module
+from fedveil import api as api_module
+from fedveil.api import default_folder, resolve
 from fedveil.config import ConfigError, FedveilError, RunConfig
-from fedveil.run import default_folder, resolve
 
 MakeConfig = Callable[..., RunConfig]
 PRIVACY_KEYS = {
@@ -101,7 +101,7 @@ class TestSimulate:
                 return cls(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(run_module, "datetime", Stopped)
+        monkeypatch.setattr(api_module, "datetime", Stopped)
         first = default_folder("digits")
         first.mkdir(parents=True)
         assert default_folder("digits") != first
@@ -388,4 +388,4 @@ def test_provenance(finished_run: fedveil.Run) -> None:
 def test_the_package_has_no_other_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fedveil.nonsense  # noqa: B018
-    assert fedveil.Run is run_module.Run
+    assert fedveil.Run is api_module.Run

@@ -17,6 +17,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "": EVERYTHING,
     "__main__": EVERYTHING,
     "cli": EVERYTHING,
+    "api": EVERYTHING,
     "run": EVERYTHING,
     "export": EVERYTHING,
     "reference": ("config",),

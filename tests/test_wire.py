@@ -134,7 +134,7 @@ class TestRoundTrip:
         assert_same(got.arrays, {"w": precise})
 
     def test_both_types_in_one_message(self) -> None:
-        both = {"w": WEIGHTS, "v": WEIGHTS.astype(np.float64)}
+        both: dict[str, np.ndarray] = {"w": WEIGHTS, "v": WEIGHTS.astype(np.float64)}
         assert_same(read_task(pack(Task("run", 1, "", "", both))).arrays, both)
 
     @pytest.mark.parametrize(
@@ -352,7 +352,9 @@ class TestBadArrays:
         self, kind: str, data: bytes, shape: list[int]
     ) -> None:
         content = with_array(pack(UPDATE), Array(kind, tuple(shape), LITTLE, data))
-        fits = min(shape, default=0) >= 0 and len(data) == np.dtype(kind).itemsize * math.prod(shape)
+        fits = min(shape, default=0) >= 0 and len(data) == np.dtype(kind).itemsize * math.prod(
+            shape
+        )
         if not fits:
             with pytest.raises(WireError, match=r"^arrays: expected"):
                 read_reply(reply(content))

@@ -1,17 +1,24 @@
 """The site's handlers, asked by real Flower messages: what they answer and what they never say."""
 
 import json
+import logging
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedveil.client import app as client_module
 from fedveil.client.app import client_app
 from fedveil.client.site import Site
+from fedveil.client.training import train
 from fedveil.config import RunConfig
 from fedveil.data_prep import modality, run_schema
 from fedveil.data_prep.clean import DataError
@@ -29,9 +36,9 @@ from fedveil.flower import (
     set_identity,
     set_message_id,
 )
-from fedveil.models import family
+from fedveil.models import Batch, family
 from fedveil.models.layers import initialise
-from fedveil.models.state import to_arrays
+from fedveil.models.state import Arrays, to_arrays
 from fedveil.privacy.accounting import AccountingError
 from fedveil.privacy.noise import Coins
 from fedveil.wire import TRAIN, Refusal, Refused, Task, Update, pack, read_reply
@@ -66,8 +73,8 @@ class Asked:
     def __init__(self, read: Callable[[], Any] | None = None) -> None:
         self.reads = 0
         self._read = read or (lambda: images(40))
-        self._site = Site("site-005", self._reading, KEY, Coins(bytes(range(1, 33))))
-        self.app = client_app(lambda _: self._site)
+        self.site = Site("site-005", self._reading, KEY, Coins(bytes(range(1, 33))))
+        self.app = client_app(lambda _: self.site)
         self.context = Context(1, NODE, {}, RecordDict(), {})
 
     def _reading(self) -> Any:  # noqa: ANN401
@@ -134,6 +141,19 @@ class TestAnswer:
         assert answer.arrays.keys() == set(family("vae").trainable(module))
         for name, array in answer.arrays.items():
             assert array.shape == expected[name].shape
+            assert array.dtype == np.float64
+            assert np.isfinite(array).all()
+
+    def test_under_fedavg_a_model_of_float32(self, make_config: MakeConfig) -> None:
+        averaged = make_config(
+            privacy={"mechanism": "none"}, aggregation={"strategy": "fedavg"}
+        ).resolved()
+        answer = Asked().answer(task_for(averaged))
+        assert isinstance(answer, Update)
+        expected = initial(averaged)
+        assert answer.arrays.keys() == expected.keys()
+        for name, array in answer.arrays.items():
+            assert array.shape == expected[name].shape
             assert array.dtype == np.float32
             assert np.isfinite(array).all()
 
@@ -149,6 +169,7 @@ class TestAnswer:
         for number in (1, 2):
             assert isinstance(site.answer(task_for(config, number)), Update)
         assert site.reads == 1
+        assert site.site.failed is False
 
     def test_under_central_the_sum_is_clipped_and_without_noise(
         self, make_config: MakeConfig
@@ -199,10 +220,58 @@ class TestCount:
             raise OSError(PLANTED)
 
         site = Asked(read)
-        assert refusal(site.answer(task_for(config))) is Refusal.FAILED
+        assert isinstance(site.answer(task_for(config)), Update)
         assert spent_when_read == [{"round": 1}]
         assert refusal(site.answer(task_for(config))) is Refusal.BUDGET
         assert site.reads == 1
+
+    def test_a_round_that_failed_altogether_is_spent_too(
+        self, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        site = Asked()
+        with monkeypatch.context() as patch:
+            patch.setattr(client_module, "train", always_failing)
+            assert refusal(site.answer(task_for(config))) is Refusal.FAILED
+        assert refusal(site.answer(task_for(config))) is Refusal.BUDGET
+        assert isinstance(site.answer(task_for(config, 2)), Update)
+
+    def test_two_copies_at_once_are_answered_once(self, config: RunConfig) -> None:
+        """Both threads would find the round unspent, if they could look at the same time."""
+        both_looked = threading.Barrier(2)
+
+        class Slow(RecordDict):
+            def get(self, *arguments: Any) -> Any:  # noqa: ANN401
+                found = super().get(*arguments)
+                with suppress(threading.BrokenBarrierError):
+                    both_looked.wait(1)
+                return found
+
+        site = Asked()
+        site.context = Context(1, NODE, {}, Slow(), {})
+        content = task_for(config)
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(site.answer, content) for _ in range(2)]
+        first, second = sorted((a.result() for a in answers), key=lambda a: isinstance(a, Refused))
+        assert both_looked.broken  # so the second one had to wait
+        assert isinstance(first, Update)
+        assert refusal(second) is Refusal.BUDGET
+        assert site.reads == 1
+
+    @pytest.mark.parametrize("copies", [2, 8])
+    def test_nor_are_many_copies(self, config: RunConfig, copies: int) -> None:
+        site = Asked()
+        start = threading.Barrier(copies)
+        task = task_for(config)
+
+        def ask() -> Update | Refused:
+            start.wait(60)
+            return site.answer(task)
+
+        with ThreadPoolExecutor(copies) as pool:
+            answers = [future.result() for future in [pool.submit(ask) for _ in range(copies)]]
+        assert sum(isinstance(answer, Update) for answer in answers) == 1
+        refused = [answer for answer in answers if isinstance(answer, Refused)]
+        assert [refusal(answer) for answer in refused] == [Refusal.BUDGET] * (copies - 1)
 
     def test_a_longer_plan_does_not_reopen_a_round(self, make_config: MakeConfig) -> None:
         site = Asked()
@@ -314,12 +383,15 @@ class TestMalformed:
         assert refusal(read_reply(site(content))) is Refusal.CONFIGURATION
         assert site.reads == 0
 
+    @pytest.mark.parametrize("encoding", ["numpy.ndarray", "little-endian"])
     @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18)])
-    def test_so_are_arrays_that_are_none(self, config: RunConfig, data: bytes) -> None:
+    def test_so_are_arrays_that_are_none(
+        self, config: RunConfig, data: bytes, encoding: str
+    ) -> None:
         content = pack(task_for(config))
-        content["arrays"] = ArrayRecord({"w": Array("float32", (1,), "numpy.ndarray", data)})
+        content["arrays"] = ArrayRecord({"w": Array("float64", (1,), encoding, data)})
         site = Asked()
-        assert isinstance(read_reply(site(content)), Refused)
+        assert refusal(read_reply(site(content))) is Refusal.CONFIGURATION
         assert site.reads == 0
 
     @pytest.mark.parametrize(
@@ -331,8 +403,11 @@ class TestMalformed:
             lambda arrays: arrays.update(
                 {"posterior.bias": np.full_like(arrays["posterior.bias"], np.nan)}
             ),
+            lambda arrays: arrays.update(
+                {"posterior.bias": arrays["posterior.bias"].astype(np.float64)}
+            ),
         ],
-        ids=["missing", "foreign", "short", "nan"],
+        ids=["missing", "foreign", "short", "nan", "float64"],
     )
     def test_arrays_that_do_not_fit_the_model(
         self, config: RunConfig, spoil: Callable[[dict[str, np.ndarray]], object]
@@ -340,19 +415,73 @@ class TestMalformed:
         arrays = initial(config)
         spoil(arrays)
         site = Asked()
-        assert isinstance(site.answer(task_for(config, arrays=arrays)), Refused)
+        assert refusal(site.answer(task_for(config, arrays=arrays))) is Refusal.FAILED
         assert site.reads == 0
 
 
+KINDS = [RuntimeError, OSError, KeyError, ValueError, TypeError, DataError, MemoryError]
+
+
+def always_failing(*arguments: object) -> Arrays:
+    """Work that fails whatever the records are."""
+    raise RuntimeError(f"no {PLANTED}")
+
+
 class TestSecrecy:
-    @pytest.mark.parametrize("kind", [RuntimeError, OSError, KeyError, ValueError, TypeError])
-    def test_the_text_of_an_exception_stays(self, config: RunConfig, kind: type[Exception]) -> None:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_text_of_an_exception_stays(
+        self, config: RunConfig, kind: type[Exception], caplog: pytest.LogCaptureFixture
+    ) -> None:
         def read() -> Images:
             raise kind(f"cannot read {PLANTED}")
 
-        reply = Asked(read)(pack(task_for(config)))
+        site = Asked(read)
+        with caplog.at_level(logging.ERROR, "fedveil.client"):
+            reply = site(pack(task_for(config)))
+        # It takes part like any other; that it failed is for its own log.
+        assert isinstance(read_reply(reply), Update)
+        assert dict(reply.content["facts"]) == {"run-id": "run-a", "round": 1}
+        assert PLANTED.encode() not in everything_in(reply)
+        assert site.site.failed is True
+        assert "site-005" in caplog.text
+        assert PLANTED in caplog.text
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_where_it_fails_without_records_too(
+        self,
+        config: RunConfig,
+        kind: type[Exception],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        sizes: list[int] = []
+
+        def fail(module: nn.Module, records: Batch, *arguments: object) -> Arrays:
+            sizes.append(len(records.y))
+            raise kind(f"no {PLANTED}")
+
+        monkeypatch.setattr(client_module, "train", fail)
+        with caplog.at_level(logging.ERROR, "fedveil.client"):
+            reply = Asked(lambda: images(0))(pack(task_for(config)))
         assert refusal(read_reply(reply)) is Refusal.FAILED
         assert PLANTED.encode() not in everything_in(reply)
+        assert PLANTED in caplog.text
+        assert sizes == [0, 0]
+
+    def test_of_a_module_that_cannot_be_built_too(
+        self, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def build(*arguments: object) -> nn.Module:
+            raise ValueError(PLANTED)
+
+        unbuildable = replace(family("vae"), build=build)
+        task = pack(task_for(config))
+        monkeypatch.setattr(client_module, "family", lambda _: unbuildable)
+        site = Asked()
+        reply = site(task)
+        assert refusal(read_reply(reply)) is Refusal.FAILED
+        assert PLANTED.encode() not in everything_in(reply)
+        assert site.reads == 0
 
     def test_of_opening_the_site_too(self, config: RunConfig) -> None:
         def open_site(context: Context) -> Site:
@@ -368,6 +497,7 @@ class TestSecrecy:
             raise DataError(f'column "age" = {PLANTED}')
 
         reply = Asked(read)(pack(task_for(config)))
+        assert isinstance(read_reply(reply), Update)
         assert PLANTED.encode() not in everything_in(reply)
 
     def test_a_reply_holds_no_count_and_no_loss(self, config: RunConfig) -> None:
@@ -389,23 +519,40 @@ def broken() -> Images:
     raise DataError(PLANTED)
 
 
+def crashing() -> Images:
+    """Data that make the reader crash."""
+    raise RuntimeError(PLANTED)
+
+
+def strange() -> Images:
+    """Data that can be read, but not cleaned."""
+    return cast("Images", object())
+
+
+FAILING = [unusable, broken, crashing, strange]
+
+
 class TestDataThatFailAltogether:
     """Whether a site's data failed is private: it takes part like any other."""
 
-    @pytest.mark.parametrize("read", [unusable, broken])
+    @pytest.mark.parametrize("read", FAILING)
     def test_zeros_under_central(self, make_config: MakeConfig, read: Callable[[], Images]) -> None:
         central = make_config().resolved()
-        answer = Asked(read).answer(task_for(central))
+        site = Asked(read)
+        answer = site.answer(task_for(central))
         assert isinstance(answer, Update)
         expected = initial(central)
         assert answer.arrays.keys() == expected.keys()
         for name, array in answer.arrays.items():
             assert array.shape == expected[name].shape
+            assert array.dtype == np.float64
             assert not array.any(), name
+        assert site.site.failed is (read is not unusable)
 
-    def test_noise_under_local(self, make_config: MakeConfig) -> None:
+    @pytest.mark.parametrize("read", FAILING)
+    def test_noise_under_local(self, make_config: MakeConfig, read: Callable[[], Images]) -> None:
         local = make_config(privacy={"mechanism": "local"}).resolved()
-        answer = Asked(unusable).answer(task_for(local))
+        answer = Asked(read).answer(task_for(local))
         assert isinstance(answer, Update)
         before = initial(local)
         assert answer.arrays.keys() == before.keys()
@@ -413,6 +560,65 @@ class TestDataThatFailAltogether:
         for name, array in answer.arrays.items():
             moved = np.abs(array - before[name])
             assert moved == pytest.approx(local.learning_rate, rel=0.05), name
+
+    @pytest.mark.parametrize("mechanism", ["central", "local", "none"])
+    @pytest.mark.parametrize("read", FAILING)
+    def test_a_failing_site_says_what_one_without_records_says(
+        self, make_config: MakeConfig, mechanism: str, read: Callable[[], Images]
+    ) -> None:
+        """To the byte under equal coins: the failure itself draws none."""
+        config = make_config(privacy={"mechanism": mechanism}).resolved()
+        replies = [Asked(each)(pack(task_for(config))) for each in (read, partial(images, 0))]
+        failed, empty = (read_reply(reply) for reply in replies)
+        assert isinstance(failed, Update)
+        assert isinstance(empty, Update)
+        assert failed.arrays.keys() == empty.arrays.keys()
+        for name, array in failed.arrays.items():
+            assert array.dtype == empty.arrays[name].dtype, name
+            assert array.tobytes() == empty.arrays[name].tobytes(), name
+        assert dict(replies[0].content["facts"]) == dict(replies[1].content["facts"])
+
+    @pytest.mark.parametrize("strategy", ["adam", "fedavg"])
+    def test_nothing_of_a_training_that_failed_is_sent(
+        self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, strategy: str
+    ) -> None:
+        """It fails in the midst of its records, when the module has already learned from them."""
+        config = make_config(
+            privacy={"mechanism": "none"}, aggregation={"strategy": strategy}
+        ).resolved()
+
+        def halfway(module: nn.Module, records: Batch, *rest: Any) -> Arrays:  # noqa: ANN401
+            if len(records.y):
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.add_(1)
+                raise RuntimeError(PLANTED)
+            return train(module, records, *rest)
+
+        monkeypatch.setattr(client_module, "train", halfway)
+        site = Asked()
+        reply = site(pack(task_for(config)))
+        assert PLANTED.encode() not in everything_in(reply)
+        answer = read_reply(reply)
+        assert isinstance(answer, Update)
+        assert site.site.failed is True
+        for name, array in initial(config).items():
+            expected = array if strategy == "fedavg" else np.zeros(array.shape)
+            assert answer.arrays[name].dtype == expected.dtype, name
+            assert answer.arrays[name].tobytes() == expected.tobytes(), name
+
+    def test_it_tries_its_records_again_in_the_next_round(self, config: RunConfig) -> None:
+        def read() -> Images:
+            return broken() if site.reads == 1 else images(40)
+
+        site = Asked(read)
+        first, second = (site.answer(task_for(config, number)) for number in (1, 2))
+        assert isinstance(first, Update)
+        assert isinstance(second, Update)
+        assert not any(array.any() for array in first.arrays.values())
+        assert any(array.any() for array in second.arrays.values())
+        # That it has failed once is not forgotten.
+        assert site.site.failed is True
 
 
 def test_held_out_and_audit_records_never_train(make_config: MakeConfig) -> None:

@@ -133,8 +133,15 @@ def test_data_that_fail_are_the_callers_to_handle(
 
 def test_a_failed_reading_leaves_nothing_behind(coins: Coins, config: RunConfig) -> None:
     """What a site has after a failure is all of its records, not the beginning of them."""
-    readings = iter([failing(DataError("no disk")), lambda: images(50)])
-    one = Site("site-007", lambda: next(readings)(), KEY, coins)
+    outcomes: list[Images] = []
+
+    def read() -> Images:
+        outcomes.append(images(50))
+        if len(outcomes) == 1:
+            raise DataError("no disk")
+        return outcomes[-1]
+
+    one = Site("site-007", read, KEY, coins)
     with pytest.raises(DataError, match="no disk"):
         one.records(config, SCHEMA)
     assert sum(sizes(one.records(config, SCHEMA))) == 50
@@ -147,9 +154,7 @@ def test_a_site_has_not_failed_yet(coins: Coins, config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("source", ["sklearn:digits", "sklearn:breast_cancer"])
-def test_no_records_are_the_empty_batch(
-    source: str, make_config: MakeConfig, coins: Coins
-) -> None:
+def test_no_records_are_the_empty_batch(source: str, make_config: MakeConfig, coins: Coins) -> None:
     config = make_config(data={"source": source})
     schema: Schema = run_schema(config)
     nothing = no_records(schema)

@@ -246,9 +246,7 @@ class TestTrain:
         ).resolved()
         fixed = noisy(config, "central")
         sent = train(module_for(config), batch(8), config, fixed, Everyone())
-        total = gradient_sum(
-            family("vae"), module_for(config), batch(8), config, fixed, Everyone()
-        )
+        total = gradient_sum(family("vae"), module_for(config), batch(8), config, fixed, Everyone())
         assert all(array.dtype == np.float64 for array in sent.values())
         assert flat(sent).tobytes() == flat(total).tobytes()
 

@@ -48,8 +48,7 @@ from fedveil.wire import TRAIN, Refusal, Refused, Task, Update, pack, read_task
 MakeConfig = Callable[..., RunConfig]
 Answer = Callable[[int, Task], RecordDict | Error | None]
 PLANTED = "PATIENT-4711"
-LIKE = {"w": np.zeros((2, 2), dtype=np.float32), "b": np.zeros(3, dtype=np.float32)}
-GOOD = {"w": np.ones((2, 2), dtype=np.float32), "b": np.full(3, 2, dtype=np.float32)}
+SHAPES = {"w": (2, 2), "b": (3,)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,86 +64,112 @@ def reply(node: int, content: RecordDict | Error) -> Message:
     return Message(content, reply_to=request)
 
 
+def like(kind: str) -> dict[str, np.ndarray]:
+    """What is expected of a reply: sums are float64, models float32."""
+    return {name: np.zeros(shape, dtype=kind) for name, shape in SHAPES.items()}
+
+
+def fine(kind: str, **changes: object) -> dict[str, np.ndarray]:
+    """Arrays as they are expected, but for some."""
+    arrays = {"w": np.ones((2, 2), dtype=kind), "b": np.full(3, 2, dtype=kind)}
+    return arrays | {name: np.array(value, dtype=kind) for name, value in changes.items()}
+
+
+GOOD = fine("float64")
+LIKE = like("float64")
+
+
 def update(arrays: Mapping[str, Any], run_id: str = "run", number: int = 4) -> RecordDict:
     """An update of round 4."""
     return pack(Update(run_id, number, arrays))
 
 
-def from_bytes(data: bytes) -> RecordDict:
-    """An update whose array w is these bytes."""
-    content = update(GOOD)
-    arrays = {
-        "w": Array("float32", (2, 2), "float32", data),
-        "b": Array("float32", (3,), "float32", GOOD["b"].tobytes()),
-    }
-    content["arrays"] = ArrayRecord(arrays)
+def with_array(kind: str, dtype: str, data: bytes, encoding: str = "little-endian") -> RecordDict:
+    """An update whose array b is these bytes of what it calls this type."""
+    content = update(fine(kind))
+    whole = content.array_records["arrays"]["w"]
+    content["arrays"] = ArrayRecord({"w": whole, "b": Array(dtype, (3,), encoding, data)})
     return content
 
 
-def with_fact(**values: Any) -> RecordDict:  # noqa: ANN401
+def with_fact(kind: str, **values: Any) -> RecordDict:  # noqa: ANN401
     """A good update with other facts."""
-    content = update(GOOD)
+    content = update(fine(kind))
     content["facts"] = ConfigRecord({"run-id": "run", "round": 4, **values})
     return content
 
 
-def of_type(dtype: str, size: int) -> RecordDict:
-    """An update whose array b says that it is of this type."""
-    content = update(GOOD)
-    arrays = {
-        "w": Array("float32", (2, 2), "float32", GOOD["w"].tobytes()),
-        "b": Array(dtype, (3,), "float32", bytes(3 * size)),
+def bad_replies(kind: str) -> dict[str, tuple[RecordDict | Error, str]]:
+    """Replies that are not to be used where arrays of this type are expected, and why."""
+    good, size = fine(kind), np.dtype(kind).itemsize
+    other = {"float32": "float64", "float64": "float32"}[kind]
+    types, count = "expected float32 or float64", "as many bytes as the shape asks for"
+    expected = f"b: expected (3,) {kind}, got "
+    return {
+        "wrong run": (update(good, run_id="other"), "another run or round"),
+        "wrong round": (update(good, number=3), "another run or round"),
+        "wrong shape": (update(fine(kind, b=np.zeros(4))), f"{expected}(4,)"),
+        "transposed": (update(fine(kind, b=np.zeros((3, 1)))), f"{expected}(3, 1)"),
+        "the other type": (update(fine(other)), f"{kind}, got (2, 2) of another type"),
+        "one of the other type": (
+            update(good | {"b": fine(other)["b"]}),
+            f"{expected}(3,) of another type",
+        ),
+        "the other type's bytes": (
+            with_array(kind, kind, bytes(3 * np.dtype(other).itemsize)),
+            count,
+        ),
+        "the encoding of before": (with_array(kind, kind, bytes(3 * size), "float32"), types),
+        "numpy's encoding": (with_array(kind, kind, bytes(3 * size), "numpy.ndarray"), types),
+        "big-endian": (with_array(kind, f">f{size}", bytes(3 * size)), types),
+        "integers": (with_array(kind, "int32", bytes(12)), types),
+        "half precision": (with_array(kind, "float16", bytes(6)), types),
+        "named fields": (with_array(kind, f"[({PLANTED!r}, float32)]", bytes(12)), types),
+        "NaN": (update(fine(kind, b=[0, np.nan, 0])), "finite"),
+        "infinity": (update(fine(kind, b=[0, np.inf, 0])), "finite"),
+        "extra key": (update(good | {PLANTED: good["b"]}), "2 names"),
+        "missing key": (update({"w": good["w"]}), "2 names"),
+        "other key": (update({"w": good["w"], PLANTED: good["b"]}), "2 names"),
+        "no arrays": (update({}), "2 names"),
+        "refused": (pack(Refused("run", 4, Refusal.BUDGET)), "all releases"),
+        "failed": (
+            pack(Refused("run", 4, Refusal.FAILED)),
+            "refused: the site fails even without records",
+        ),
+        "refused another round": (pack(Refused("run", 3, Refusal.BUDGET)), "another run or round"),
+        "Flower error": (Error(2, PLANTED), "Flower error 2"),
+        "no message of ours": (RecordDict({PLANTED: ConfigRecord({PLANTED: PLANTED})}), "facts"),
+        "a task": (pack(Task("run", 4, PLANTED, "{}", good)), "keys"),
+        "a loss": (with_fact(kind, loss=0.5), "keys"),
+        "text for a round": (with_fact(kind, round=PLANTED), "round"),
+        "unreadable": (with_array(kind, kind, PLANTED.encode() + b"!"), count),
+        "an archive": (with_array(kind, kind, b"PK\x05\x06" + bytes(18)), count),
+        "half an archive": (with_array(kind, kind, b"PK\x03\x04" + PLANTED.encode() * 2), count),
     }
-    content["arrays"] = ArrayRecord(arrays)
-    return content
 
 
-BAD: dict[str, tuple[RecordDict | Error, str]] = {
-    "wrong run": (update(GOOD, run_id="other"), "another run or round"),
-    "wrong round": (update(GOOD, number=3), "another run or round"),
-    "wrong shape": (update(GOOD | {"b": np.zeros(4, dtype=np.float32)}), "expected (3,)"),
-    "transposed": (update(GOOD | {"b": np.zeros((3, 1), dtype=np.float32)}), "expected (3,)"),
-    "float64": (of_type("float64", 8), "float32"),
-    "big-endian": (of_type(">f4", 4), "float32"),
-    "integers": (of_type("int32", 4), "float32"),
-    "named fields": (of_type(f"[({PLANTED!r}, float32)]", 4), "float32"),
-    "NaN": (update(GOOD | {"b": np.array([0, np.nan, 0], dtype=np.float32)}), "finite"),
-    "infinity": (update(GOOD | {"b": np.array([0, np.inf, 0], dtype=np.float32)}), "finite"),
-    "extra key": (update(GOOD | {PLANTED: GOOD["b"]}), "2 names"),
-    "missing key": (update({"w": GOOD["w"]}), "2 names"),
-    "other key": (update({"w": GOOD["w"], PLANTED: GOOD["b"]}), "2 names"),
-    "no arrays": (update({}), "2 names"),
-    "refused": (pack(Refused("run", 4, Refusal.BUDGET)), "all releases"),
-    "failed": (pack(Refused("run", 4, Refusal.FAILED)), "the site failed"),
-    "refused another round": (pack(Refused("run", 3, Refusal.BUDGET)), "another run or round"),
-    "Flower error": (Error(2, PLANTED), "Flower error 2"),
-    "no message of ours": (RecordDict({PLANTED: ConfigRecord({PLANTED: PLANTED})}), "facts"),
-    "a task": (pack(Task("run", 4, PLANTED, "{}", GOOD)), "keys"),
-    "a loss": (with_fact(loss=0.5), "keys"),
-    "text for a round": (with_fact(round=PLANTED), "round"),
-    "unreadable": (from_bytes(PLANTED.encode()), "arrays"),
-    "an archive": (from_bytes(b"PK\x05\x06" + bytes(18)), "arrays"),
-    "half an archive": (from_bytes(b"PK\x03\x04" + PLANTED.encode() * 2), "arrays"),
-}
+BAD = {kind: bad_replies(kind) for kind in ("float64", "float32")}
 
 
 class TestUsableReplies:
-    @pytest.mark.parametrize("kind", BAD)
-    def test_a_bad_reply_is_dropped_with_a_reason(self, kind: str) -> None:
-        content, reason = BAD[kind]
-        messages = [reply(3, update(GOOD)), reply(2, content), reply(1, update(GOOD))]
-        found = usable_replies(messages, [1, 2, 3], "run", 4, LIKE)
+    @pytest.mark.parametrize("expected", BAD)
+    @pytest.mark.parametrize("kind", BAD["float64"])
+    def test_a_bad_reply_is_dropped_with_a_reason(self, kind: str, expected: str) -> None:
+        content, reason = BAD[expected][kind]
+        good = update(fine(expected))
+        messages = [reply(3, good), reply(2, content), reply(1, good)]
+        found = usable_replies(messages, [1, 2, 3], "run", 4, like(expected))
         assert len(found.usable) == 2
         assert found.dropped.keys() == {2}
         assert reason in found.dropped[2]
         assert PLANTED not in found.dropped[2]
 
-    def test_good_ones_are_in_site_order(self) -> None:
-        messages = [
-            reply(n, update(GOOD | {"b": np.full(3, n, dtype=np.float32)})) for n in (3, 1, 2)
-        ]
-        found = usable_replies(messages, [1, 2, 3], "run", 4, LIKE)
+    @pytest.mark.parametrize("expected", ["float64", "float32"])
+    def test_good_ones_are_in_site_order(self, expected: str) -> None:
+        messages = [reply(n, update(fine(expected, b=[n] * 3))) for n in (3, 1, 2)]
+        found = usable_replies(messages, [1, 2, 3], "run", 4, like(expected))
         assert [int(arrays["b"][0]) for arrays in found.usable] == [1, 2, 3]
+        assert {a.dtype.name for arrays in found.usable for a in arrays.values()} == {expected}
         assert found.dropped == {}
 
     @pytest.mark.parametrize("times", [2, 3, 4])
@@ -182,10 +207,8 @@ class TestUsableReplies:
                 node,
                 update(
                     {
-                        name: (rng.normal(size=like.shape) * 10.0 ** rng.integers(-8, 8)).astype(
-                            np.float32
-                        )
-                        for name, like in LIKE.items()
+                        name: rng.normal(size=shape) * 10.0 ** rng.integers(-8, 8)
+                        for name, shape in SHAPES.items()
                     }
                 ),
             )
@@ -210,8 +233,14 @@ class TestSums:
         parts = [{"w": np.array([v], dtype=np.float32)} for v in (1e8, 1.0, -1e8)]
         assert summed(parts)["w"].tolist() == [1.0]
 
-    def test_parts_are_not_changed(self) -> None:
-        parts = [{"w": np.ones(2, dtype=np.float32)} for _ in range(3)]
+    def test_float64_parts_keep_their_bits(self) -> None:
+        parts = [{"w": np.array([v])} for v in (1.0, 2.0**-50, 2.0**-51)]
+        assert summed(parts)["w"].dtype == np.float64
+        assert summed(parts)["w"].tolist() == [1 + 2.0**-50 + 2.0**-51]
+
+    @pytest.mark.parametrize("kind", [np.float32, np.float64])
+    def test_parts_are_not_changed(self, kind: type[np.floating]) -> None:
+        parts = [{"w": np.ones(2, dtype=kind)} for _ in range(3)]
         summed(parts)
         assert all(part["w"].tolist() == [1, 1] for part in parts)
 
@@ -238,9 +267,16 @@ def model_for(config: RunConfig) -> tuple[nn.Module, ServerState]:
     return module, STRATEGIES[config.strategy].init(to_arrays(module))
 
 
-def constant(state: ServerState, value: float) -> dict[str, np.ndarray]:
+def sent_as(config: RunConfig) -> type[np.floating]:
+    """The type of what a site sends: sums are float64, models float32."""
+    return np.float32 if config.strategy == "fedavg" else np.float64
+
+
+def constant(
+    model: Mapping[str, np.ndarray], value: float, kind: type[np.floating]
+) -> dict[str, np.ndarray]:
     """Arrays of the model's shapes, all of one value."""
-    return {name: np.full_like(array, value) for name, array in state.model.items()}
+    return {name: np.full(array.shape, value, dtype=kind) for name, array in model.items()}
 
 
 def flat(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -253,7 +289,7 @@ def step(
 ) -> tuple[ServerState, ServerState]:
     """The state before and after a round whose replies are constants."""
     module, state = model_for(config)
-    usable = tuple(constant(state, value) for value in replies)
+    usable = tuple(constant(state.model, value, sent_as(config)) for value in replies)
     return state, advance(state, Replies(usable, {}), module, config, priced, coins)
 
 
@@ -287,6 +323,37 @@ class TestAdvance:
         # The mean of the sum, 4 / 10, and noise of 3 * 2 / 10, whatever the number of sites.
         assert moved.mean() == pytest.approx(0.4, abs=0.1)
         assert moved.std() == pytest.approx(0.6, rel=0.1)
+
+    def test_the_noised_sum_is_on_the_lattice(self, config: RunConfig, coins: Coins) -> None:
+        """Noise of scale 6: all that is used of the sites' sum is multiples of 2^-18.
+
+        From a model of zeros, at rate 1 and over a batch of 1, the step is the release itself.
+        """
+        priced = replace(
+            plan(config),
+            mechanism="central",
+            clipping_norm=3.0,
+            noise_multiplier=2.0,
+            expected_batch=1.0,
+        )
+        module, state = model_for(config)
+        zeros = constant(state.model, 0.0, np.float32)
+        usable = tuple(constant(state.model, v, np.float64) for v in (0.1, 1 / 3))
+        after = advance(
+            replace(state, model=zeros), Replies(usable, {}), module, config, priced, coins
+        )
+        steps = flat(after.model).astype(np.float64) * 2.0**18
+        assert (steps == np.rint(steps)).all()
+        assert 0.4 < (steps % 2 == 1).mean() < 0.6
+
+    def test_the_model_stays_float32(self, config: RunConfig, coins: Coins) -> None:
+        priced = replace(plan(config), mechanism="central", clipping_norm=3.0, noise_multiplier=2.0)
+        for strategy in ("sgd", "adam"):
+            raw = config.model_dump(by_alias=True)
+            raw["aggregation"]["strategy"] = strategy
+            _, after = step(RunConfig.model_validate(raw), priced, [0.1, 1 / 3], coins)
+            for part in (after.model, after.average, after.first, after.second):
+                assert all(array.dtype == np.float32 for array in part.values())
 
     def test_local_replies_get_no_noise(self, config: RunConfig, coins: Coins) -> None:
         priced = replace(
@@ -331,7 +398,7 @@ class TestAdvance:
             for parameter in module.parameters():
                 parameter.zero_()
         priced = replace(plan(config), expected_batch=100.0)
-        replies = Replies((constant(state, 5.0),), {})
+        replies = Replies((constant(state.model, 5.0, np.float64),), {})
         after = advance(state, replies, module, config, priced, coins)
         # The module was loaded with the round's model first.
         weight = float(torch.from_numpy(state.model["posterior.weight"]).sum())
@@ -400,10 +467,14 @@ class FakeGrid(Grid):
         return found[::-1]
 
 
+def ones(task: Task, kind: type[np.floating]) -> RecordDict:
+    """Every number is 1."""
+    return pack(Update(task.run_id, task.round, constant(task.arrays, 1.0, kind)))
+
+
 def good(node: int, task: Task) -> RecordDict:
-    """Every weight's gradient is 1."""
-    arrays = {name: np.ones_like(array) for name, array in task.arrays.items()}
-    return pack(Update(task.run_id, task.round, arrays))
+    """Every weight's gradient, or every weight, is 1."""
+    return ones(task, sent_as(RunConfig.model_validate_json(task.config)))
 
 
 def only(nodes: set[int], otherwise: RecordDict | Error | None = None) -> Answer:
@@ -428,6 +499,11 @@ def run(config: RunConfig, grid: FakeGrid, folder: RunFolder) -> list[Event]:
     observed: list[Event] = []
     train(grid, config, run_schema(config), "run-a", folder, observed.append)
     return observed
+
+
+def dropped_in(event: Event) -> list[int]:
+    """The sites that a round's event says were dropped."""
+    return [dropped["site"] for dropped in event["dropped"]]
 
 
 class TestTrain:
@@ -484,9 +560,65 @@ class TestTrain:
         observed = run(config, FakeGrid([1, 2, 3], answer), folder)
         assert [(e["sites"], e["dropped"]) for e in observed if e["event"] == "round"] == [
             (3, []),
-            (2, [{"site": 2, "reason": "refused: the site failed; its own log says why"}]),
+            (2, [{"site": 2, "reason": f"refused: {Refusal.FAILED.value}"}]),
         ]
-        assert observed[-1]["dropped_sites"] == [2]
+        assert [dropped_in(event) for event in observed if event["event"] == "round"] == [[], [2]]
+
+    @pytest.mark.parametrize("strategy", ["sgd", "adam", "fedavg"])
+    def test_sums_are_float64_and_models_float32(
+        self, make_config: MakeConfig, folder: RunFolder, strategy: str
+    ) -> None:
+        """A site that sends the other type is dropped; the sums' rounding is accounted for."""
+        config = make_config(
+            privacy={"mechanism": "none"}, aggregation={"strategy": strategy}
+        ).resolved()
+        wanted = sent_as(config)
+        other = np.float64 if wanted is np.float32 else np.float32
+
+        def answer(node: int, task: Task) -> RecordDict:
+            return ones(task, other) if node == 2 else good(node, task)
+
+        grid = FakeGrid([1, 2, 3], answer)
+        observed = run(config, grid, folder)
+        rounds_told = [event for event in observed if event["event"] == "round"]
+        assert [event["sites"] for event in rounds_told] == [2, 2]
+        for event in rounds_told:
+            [dropped] = event["dropped"]
+            assert dropped["site"] == 2
+            assert f"{np.dtype(wanted).name}, got " in dropped["reason"]
+            assert dropped["reason"].endswith(" of another type")
+        # The model itself travels as float32, whatever comes back.
+        assert {a.dtype.name for _, task in grid.tasks for a in task.arrays.values()} == {"float32"}
+
+    @pytest.mark.parametrize("strategy", ["sgd", "fedavg"])
+    def test_only_the_trainable_parameters_are_expected(
+        self,
+        make_config: MakeConfig,
+        folder: RunFolder,
+        monkeypatch: pytest.MonkeyPatch,
+        strategy: str,
+    ) -> None:
+        config = make_config(
+            privacy={"mechanism": "none"}, aggregation={"strategy": strategy}
+        ).resolved()
+        names = ["posterior.weight", "posterior.bias"]
+        partly = replace(family("vae"), trainable=lambda _: names)
+        monkeypatch.setattr(rounds, "family", lambda _: partly)
+
+        def answer(node: int, task: Task) -> RecordDict:
+            if node == 2:
+                return good(node, task)  # all of them
+            some = {name: task.arrays[name] for name in names}
+            return pack(Update(task.run_id, task.round, constant(some, 1.0, sent_as(config))))
+
+        grid = FakeGrid([1, 2, 3], answer)
+        observed = run(config, grid, folder)
+        told = [event for event in observed if event["event"] == "round"]
+        assert [dropped_in(event) for event in told] == [[2], [2]]
+        assert "expected the 2 names of the model" in told[0]["dropped"][0]["reason"]
+        first, second = grid.tasks[0][1].arrays, grid.tasks[3][1].arrays
+        moved = {n for n in first if not np.array_equal(first[n], second[n])}
+        assert moved == set(names)
 
     @pytest.mark.parametrize(
         ("nodes", "otherwise"),
@@ -541,17 +673,50 @@ class TestTrain:
             run(config, FakeGrid([1, 2, 3], answer), folder)
         last = list(folder.events())[-1]
         assert (last["event"], last["cause"]) == ("failed", kind.__name__)
+        assert last["epsilon"] is None
 
+    @pytest.mark.parametrize("kind", [None, RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("stop", [1, 2])
+    def test_a_run_that_stops_early_is_charged_its_plan(
+        self,
+        make_config: MakeConfig,
+        folder: RunFolder,
+        kind: type[BaseException] | None,
+        stop: int,
+    ) -> None:
+        """What sites have released is out, whether or not the server used it."""
+        config = make_config().resolved()
+        priced = plan(config)
+        assert priced.epsilon is not None
+
+        def answer(node: int, task: Task) -> RecordDict | None:
+            if task.round < stop:
+                return good(node, task)
+            if kind is not None:
+                raise kind(PLANTED)
+            return None
+
+        with pytest.raises(kind or RunError):
+            run(config, FakeGrid([1, 2, 3], answer), folder)
+        last = list(folder.events())[-1]
+        assert (last["event"], last["round"]) == ("failed", stop - 1)
+        assert last["epsilon"] == priced.epsilon
+        spent = priced.epsilon_after(stop - 1)
+        assert spent is not None
+        assert spent < last["epsilon"]
+
+    @pytest.mark.parametrize("encoding", ["numpy.ndarray", "little-endian"])
     def test_one_site_cannot_stop_a_run_by_bad_bytes(
-        self, config: RunConfig, folder: RunFolder
+        self, config: RunConfig, folder: RunFolder, encoding: str
     ) -> None:
         archive = RecordDict(
             {
                 "facts": ConfigRecord({"run-id": "run-a", "round": 1}),
                 "arrays": ArrayRecord(
-                    {"w": Array("float32", (1,), "numpy.ndarray", b"PK\x03\x04 and so on")}
+                    {"w": Array("float64", (1,), encoding, b"PK\x03\x04 and so on")}
                 ),
             }
         )
-        run(config, FakeGrid([1, 2, 3], only({1, 3}, archive)), folder)
+        observed = run(config, FakeGrid([1, 2, 3], only({1, 3}, archive)), folder)
+        assert [dropped_in(event) for event in observed if event["event"] == "round"] == [[2], [2]]
         assert folder.read_json("metrics.json")["rounds"] == 2

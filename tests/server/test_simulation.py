@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ from fedveil.models.state import read_file
 from fedveil.privacy.noise import Coins
 from fedveil.server import simulation
 from fedveil.server.app import ignore
+from fedveil.server.rounds import RunError
 from fedveil.server.simulation import LocalGrid, load_shards, local_grid, run_local
 from fedveil.server.store import RunFolder
 
@@ -330,22 +331,74 @@ class TestRuns:
             assert (folder / "SIMULATED-split.key").stat().st_mode & 0o077 == 0
             assert (folder / "cleaning.json").is_file()
 
-    def test_a_failing_site_is_dropped_and_says_why_to_itself_only(
+    @pytest.mark.parametrize("mechanism", ["none", "central", "local"])
+    def test_a_failing_site_takes_part_and_says_why_to_itself_only(
+        self, make_config: MakeConfig, tmp_path: Path, mechanism: str
+    ) -> None:
+        """The federation is not told; whoever simulates one is, at the end of the whole run."""
+        config = make_config(privacy={"mechanism": mechanism}).resolved()
+        folder = RunFolder(tmp_path / "run")
+        folder.create()
+        log = folder.path / "sites" / "site.log"
+        with pytest.raises(RunError) as caught:
+            run_spoilt(config, folder, [3])
+        assert str(caught.value).startswith("site-003: ")
+        assert str(log) in str(caught.value)
+        assert "SimpleNamespace" not in str(caught.value)
+        # The run itself went to its end, with every site in every round.
+        events = list(folder.events())
+        assert [event["event"] for event in events] == ["run", "round", "round", "finished"]
+        assert [(e["sites"], e["dropped"]) for e in events[1:3]] == [(3, []), (3, [])]
+        assert folder.read_json("metrics.json")["rounds"] == 2
+        assert read_file(folder.path / "model.safetensors")[0]
+        for file in ("events.jsonl", "metrics.json"):
+            text = (folder.path / file).read_text(encoding="utf-8").lower()
+            assert "namespace" not in text
+            assert "fail" not in text
+        # The cause, and which site it was, stand in the log.
+        text = log.read_text(encoding="utf-8")
+        assert "SimpleNamespace" in text
+        assert "site-003" in text
+        assert "site-001" not in text
+        assert "site-002" not in text
+
+    def test_many_failing_sites_are_not_all_named(
+        self, make_config: MakeConfig, tmp_path: Path
+    ) -> None:
+        config = make_config(federation={"sites": 5}, privacy={"mechanism": "none"}).resolved()
+        folder = RunFolder(tmp_path / "run")
+        folder.create()
+        with pytest.raises(RunError, match=r"^site-001, site-002, site-004, \.\.\.: "):
+            run_spoilt(config, folder, [1, 2, 4, 5])
+        assert list(folder.events())[-1]["event"] == "finished"
+
+    def test_all_sites_failing_is_a_whole_run_of_nothing(
         self, make_config: MakeConfig, tmp_path: Path
     ) -> None:
         config = make_config(privacy={"mechanism": "none"}).resolved()
-        schema = run_schema(config)
-        shards = load_shards(config, schema)
-        broken = SimpleNamespace(labels=PLANTED)
-        spoilt = simulation.Shards((*shards.parts[:2], broken), shards.report)
         folder = RunFolder(tmp_path / "run")
         folder.create()
-        run_local(config, schema, spoilt, folder.path, ignore)
-        text = (folder.path / "events.jsonl").read_text(encoding="utf-8")
-        assert '"dropped_sites": [3]' in text
-        assert "namespace" not in text.lower()
-        log = (folder.path / "sites" / "site.log").read_text(encoding="utf-8")
-        assert "SimpleNamespace" in log
+        with pytest.raises(RunError, match=r"^site-001, site-002, site-003: "):
+            run_spoilt(config, folder, [1, 2, 3])
+        assert list(folder.events())[-1]["event"] == "finished"
+
+    def test_without_a_failure_there_is_neither_error_nor_log(
+        self, make_config: MakeConfig, tmp_path: Path
+    ) -> None:
+        config = make_config(privacy={"mechanism": "none"}).resolved()
+        simulated(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "sites" / "site.log").exists()
+
+
+def run_spoilt(config: RunConfig, folder: RunFolder, failing: Collection[int]) -> None:
+    """A simulation some of whose sites hold what is no data at all."""
+    schema = run_schema(config)
+    shards = load_shards(config, schema)
+    broken = SimpleNamespace(labels=PLANTED)
+    parts = tuple(
+        broken if node in failing else part for node, part in enumerate(shards.parts, start=1)
+    )
+    run_local(config, schema, simulation.Shards(parts, shards.report), folder.path, ignore)
 
 
 def equal_secrets(patch: pytest.MonkeyPatch) -> None:
