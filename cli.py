@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -89,12 +89,18 @@ def simulate(
     if dry_run:
         _print_plan(loaded, as_json=as_json)
         return
+    from .api import default_folder
     from .api import simulate as run_simulation
 
-    with _progress() as observe:
-        run = run_simulation(loaded, out=out, observe=observe)
+    folder = out or default_folder(loaded.federation.name)
+    try:
+        with _progress() as observe:
+            run = run_simulation(loaded, out=folder, observe=observe)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {folder} says how far; all of the plan counts as spent", err=True)
+        raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(run.metrics))
+        typer.echo(json.dumps({**run.metrics, "folder": str(run.path)}))
     else:
         _print_summary(run)
 
@@ -146,13 +152,15 @@ def _print_plan(loaded: Any, *, as_json: bool) -> None:  # noqa: ANN401
     from .server.simulation import load_shards
 
     resolved, schema = resolve(loaded)
-    load_shards(resolved, schema)
+    report = load_shards(resolved, schema).report
     priced = plan(resolved)
     if as_json:
         typer.echo(json.dumps({**priced.as_dict(), "schedule": list(priced.schedule)}))
         return
     for key, value in priced.as_dict().items():
         typer.echo(f"{key:20} {_figure(value)}")
+    # A simulation may look at its data; a federation's sites keep these counts to themselves.
+    typer.echo(f"{'simulated data':20} {report.records} records, {report.kept} usable")
 
 
 def _print_summary(run: "Run") -> None:
@@ -162,9 +170,10 @@ def _print_summary(run: "Run") -> None:
     )
     typer.echo(f"Privacy: {_promise(privacy)}")
     typer.echo(f"Protects one {privacy['unit']} against {privacy['against']}")
-    if run.schema.person is not None:
-        typer.echo(f"Not claimed: a {run.schema.person} with several records is not hidden")
+    for open_end in privacy["not_claimed"]:
+        typer.echo(f"Not claimed: {open_end}")
     typer.echo(f"Run folder: {run.path}")
+    typer.echo(f"What cleaning found: {run.path}/sites/*/cleaning.json")
     for file in sorted(run.path.glob("samples.*")):
         typer.echo(f"Samples: {file}")
 
@@ -182,6 +191,8 @@ def _promise(privacy: dict[str, Any]) -> str:
 def _figure(value: Any) -> str:  # noqa: ANN401
     if isinstance(value, dict):
         return ", ".join(f"{key} {_figure(part)}" for key, part in value.items())
+    if value is None:
+        return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

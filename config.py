@@ -51,9 +51,12 @@ class Federation(Options):
 
     name: str = Field("fedveil", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Run name.")
     sites: Count = Field(10, description="Number of sites (simulated ones, in a simulation).")
-    rounds: Count = Field(200, description="Rounds of training.")
+    rounds: int = Field(200, ge=1, le=100_000, description="Rounds of training.")
     seed: int = Field(
-        0, ge=0, description="Seed of public randomness: initial weights, simulated site split."
+        0,
+        ge=0,
+        lt=2**63,
+        description="Seed of public randomness: initial weights, simulated site split.",
     )
     engine: Literal["local"] = Field("local", description="`local`: all sites in this process.")
     min_replies: Count | None = Field(
@@ -102,10 +105,11 @@ class Data(Options):
                 f"data.holdout + data.audit = {self.holdout + self.audit:g}: must leave records "
                 "to train on; lower one of them below a sum of 1"
             )
-        if (self.partition == "column") != (self.column is not None):
+        if self.partition == "column" and self.column is None:
+            raise ValueError('data.column: missing: data.partition = "column" needs its name')
+        if self.partition != "column" and self.column is not None:
             raise ValueError(
-                f'data.column = {self.column!r}: goes with data.partition = "column", and only '
-                "with it"
+                f'data.column = "{self.column}": goes with data.partition = "column" only'
             )
         return self
 
@@ -146,7 +150,7 @@ class Training(Options):
         None, description="Of the optimiser: the server's, or under `fedavg` the sites'."
     )
     ema: Share = Field(
-        0.9, description="Decay of the moving average of the server's weights; 0 is off."
+        0.9, description="Decay of the moving average of the weights (`adam`, `sgd`); 0 is off."
     )
     local_steps: Count = Field(1, description="Steps a site takes in a round (`fedavg`).")
     micro_batch: Count = Field(
@@ -159,9 +163,11 @@ class Privacy(Options):
 
     unit: UnitName = Field("record", description="What is hidden: one record.")
     mechanism: MechanismName = Field("central", description="Where noise is added; see below.")
-    epsilon: Positive = Field(3.0, description="Budget of the whole run.")
+    epsilon: float = Field(3.0, gt=0, le=100, description="Budget of the whole run.")
     delta: float | None = Field(None, gt=0, lt=1, description="Default: min(1e-5, records^-1.5).")
-    clipping_norm: Positive = Field(1.0, description="L2 bound of one record's gradient.")
+    clipping_norm: float = Field(
+        1.0, ge=1e-6, le=1e6, description="L2 bound of one record's gradient."
+    )
     sampling_rate: float | None = Field(
         None,
         gt=0,
@@ -245,6 +251,12 @@ class RunConfig(Options):
         return self.records * (1 - self.data.holdout - self.data.audit)
 
     @property
+    def pool(self) -> float:
+        """The declared number of records that a step samples from: all, or one site's."""
+        pool = self.training_records
+        return pool / self.federation.sites if self.strategy == "fedavg" else pool
+
+    @property
     def delta(self) -> float:
         """The delta in force."""
         return self.privacy.delta or min(1e-5, self.records**-1.5)
@@ -252,10 +264,7 @@ class RunConfig(Options):
     @property
     def sampling_rate(self) -> float:
         """The Poisson sampling rate in force; under `fedavg` of each site's own records."""
-        pool = self.training_records
-        if self.strategy == "fedavg":
-            pool /= self.federation.sites
-        return self.privacy.sampling_rate or min(1.0, _EXPECTED_BATCH / pool)
+        return self.privacy.sampling_rate or min(1.0, _EXPECTED_BATCH / self.pool)
 
     @property
     def learning_rate(self) -> float:
@@ -268,7 +277,7 @@ class RunConfig(Options):
         return self.federation.min_replies or self.federation.sites // 2 + 1
 
     def resolved(self) -> "RunConfig":
-        """This configuration with every derived default written in."""
+        """This configuration with every default written in that follows from it alone."""
         return self.model_copy(
             update={
                 "federation": self.federation.model_copy(update={"min_replies": self.min_replies}),
@@ -309,6 +318,12 @@ def check_compatibility(config: RunConfig) -> None:
         raise ValueError(
             f"training.local_steps = {config.training.local_steps}: {config.strategy} takes one "
             'step a round at the server; use 1, or aggregation.strategy = "fedavg"'
+        )
+    declared = config.data.records or BUILT_IN_SIZES.get(config.data.source)
+    if declared and config.delta >= 1 / declared:
+        raise ValueError(
+            f"privacy.delta = {config.delta:g}: must be below 1/{declared} records, or "
+            "publishing a record whole would pass"
         )
     if config.min_replies > config.federation.sites:
         raise ValueError(
@@ -426,7 +441,8 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
             line = f"{field}: missing: it has no default"
         case "literal_error":
             line = f"{field} = {value}: must be {context['expected']}"
-            line += _nearest(str(first["input"]), context["expected"].split("'")[1::2])
+            nearest = _nearest(str(first["input"]), context["expected"].split("'")[1::2])
+            line += nearest if "did you mean" in nearest else ""
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             line = f"{field} = {value}: must be {_BOUNDS[first['type']]} "
             line += f"{next(iter(context.values())):g}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import ConfigError, FedveilError
-from .data_prep.schema import ImageSchema, TableSchema
+from .data_prep.schema import Column, ImageSchema, TableSchema
 
 if TYPE_CHECKING:
     import polars as pl
@@ -179,7 +179,7 @@ def _marginals(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
             top = sorted(zip(counts, column.categories, strict=True), reverse=True)[:8][::-1]
             axes.barh([name[:18] for _, name in top], [c / frame.height for c, _ in top])
         else:
-            axes.hist(values.to_numpy(), bins=30, range=column.bounds, density=True)
+            axes.hist(values.to_numpy(), bins=_edges(column).tolist(), density=True)
             axes.set_yticks([])
     epsilon = run.privacy["epsilon"]
     promise = "NOT PRIVATE" if epsilon is None else f"epsilon {epsilon:.3g}"
@@ -187,6 +187,15 @@ def _marginals(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, metadata={_KEY: json.dumps(run.provenance())})
     return {"": buffer.getvalue()}
+
+
+def _edges(column: Column) -> np.ndarray:
+    """Some 30 bins over the bounds; of whole numbers each holds equally many."""
+    low, high = column.bounds or (0.0, 1.0)
+    if column.kind == "integer":
+        width = math.ceil((high - low + 1) / 30)
+        return np.arange(low, high + 1 + width, width) - 0.5
+    return np.linspace(low, high, 31)
 
 
 _Writer = Callable[["Run", int, int | None], dict[str, bytes]]

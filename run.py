@@ -31,7 +31,7 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The resolved configuration."""
+        """The resolved configuration: to override it, give the derived options anew too."""
         return validated(RunConfig, read_toml(self.path / "config.toml"))
 
     @cached_property
@@ -56,7 +56,7 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """What every synthetic file carries: it is synthetic, of which run, at what cost."""
-        kept = ("unit", "mechanism", "against", "epsilon", "delta")
+        kept = ("unit", "mechanism", "against", "epsilon", "delta", "not_claimed")
         return {
             "synthetic": True,
             "generator": f"fedveil {self.metrics['family']}",

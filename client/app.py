@@ -1,10 +1,12 @@
 """The Flower ClientApp: it unpacks, checks the budget, computes, replies. Handlers only."""
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable
 from functools import lru_cache
 
+from polars.exceptions import PanicException
 from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
@@ -16,6 +18,9 @@ from ..privacy.plan import Plan, plan
 from ..wire import TRAIN, Refusal, Refused, Task, Update, WireError, pack, read_task
 from .site import Site, no_records
 from .training import train
+
+# A panic of polars is no Exception, and may be as data-dependent as any.
+_FAILURES = (Exception, PanicException)
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +50,12 @@ def _answer(
         log.error("refused run %s: %s", task.run_id, error)
         return Refused(task.run_id, task.round, Refusal.CONFIGURATION)
     with lock:  # two copies of one message must not both be answered
-        if not _debit(context.state, task, priced):
-            return Refused(task.run_id, task.round, Refusal.BUDGET)
+        refusal = _debit(context.state, task, priced)
+    if refusal is not None:
+        return Refused(task.run_id, task.round, refusal)
     try:
         arrays = _work(task, config, schema, priced, open_site(context))
-    except Exception:  # it fails without any record too, and says no more than that
+    except _FAILURES:  # it fails without any record too, and says no more than that
         log.exception("run %s, round %d failed", task.run_id, task.round)
         return Refused(task.run_id, task.round, Refusal.FAILED)
     return Update(task.run_id, task.round, arrays)
@@ -59,7 +65,9 @@ def _work(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: Sit
     """The site's part of a round; without its records if they make it fail.
 
     Whether records make a site fail is itself private. So it then sends what it would send if it
-    had none, zeros or noise, and the cause stays in its own log.
+    had none, zeros or noise, and the cause stays in its own log. That hides the failure, not the
+    one record that may have caused it: the claim assumes that no single record can, which reading,
+    cleaning and clipping see to, each of them record by record.
     """
 
     def part(records: Callable[[], Batch]) -> Arrays:
@@ -69,7 +77,7 @@ def _work(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: Sit
 
     try:
         return part(lambda: site.records(config, schema).training)
-    except Exception:
+    except _FAILURES:
         log.exception("%s: round %d: goes on without records", site.name, task.round)
         arrays = part(lambda: no_records(schema))
         site.failed = True  # now it is known that its records were the cause
@@ -83,14 +91,18 @@ def _understand(config_json: str, schema_json: str) -> tuple[RunConfig, Schema, 
     return config, schema_from_json(schema_json), plan(config)
 
 
-def _debit(state: RecordDict, task: Task, priced: Plan) -> bool:
+def _debit(state: RecordDict, task: Task, priced: Plan) -> Refusal | None:
     """Counts a round before data is read: each is answered once, and none beyond the plan.
 
+    A run is bound to the configuration and schema of its first message, and so to one price.
     The count lives as long as the context; the durable ledger comes on top.
     """
-    spent = state.get(task.run_id)
-    last = spent["round"] if isinstance(spent, ConfigRecord) else 0
+    terms = hashlib.sha256(f"{task.config}\0{task.schema}".encode()).hexdigest()
+    spent = state.get(task.run_id, ConfigRecord({"round": 0, "terms": terms}))
+    if not isinstance(spent, ConfigRecord) or spent["terms"] != terms:
+        return Refusal.CONFIGURATION
+    last = spent["round"]
     if not isinstance(last, int) or not last < task.round <= priced.rounds:
-        return False
-    state[task.run_id] = ConfigRecord({"round": task.round})
-    return True
+        return Refusal.BUDGET
+    state[task.run_id] = ConfigRecord({"round": task.round, "terms": terms})
+    return None

@@ -81,9 +81,4 @@ def _batch(encoded: Encoded) -> Batch:
 
 def no_records(schema: Schema) -> Batch:
     """Zero records of a schema: what a site takes part with when it has none."""
-    shape = (
-        (0, schema.width)
-        if schema.modality == "table"
-        else (0, schema.channels, schema.height, schema.width)
-    )
-    return Batch(torch.zeros(shape), torch.zeros(0, dtype=torch.int64))
+    return Batch(torch.zeros(0, *schema.shape), torch.zeros(0, dtype=torch.int64))

@@ -66,7 +66,7 @@ def clean(
     Returns:
         The kept records, numbers as Float64 and the rest as String, and the report.
     """
-    names = [c.name for c in schema.columns] + ([schema.person] if schema.person else [])
+    names = [c.name for c in schema.columns] + ([] if schema.person is None else [schema.person])
     texts = frame.select(trimmed(frame[name], schema.missing) for name in names)
     texts = texts.filter(~pl.all_horizontal(pl.all().is_null()))
     columns: list[pl.Series] = []

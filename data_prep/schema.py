@@ -34,26 +34,34 @@ class Column(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        where = f'column "{self.name}"'
-        if self.kind == "categorical":
-            if len(self.categories) < 2 or repeated(self.categories):
-                raise ValueError(f"{where}: categories: needs at least two, each named once")
-            if unknown := sorted(set(self.aliases.values()) - set(self.categories)):
-                raise ValueError(f"{where}: aliases: {unknown[0]!r} is no declared category")
-            if padded := next((c for c in self.categories if c != c.strip()), None):
-                raise ValueError(f"{where}: categories: {padded!r} has blanks around it")
-            if self.bounds or self.transform != "none":
-                raise ValueError(f"{where}: bounds and transform are for numbers")
-        else:
-            if self.bounds is None or self.bounds[0] >= self.bounds[1]:
-                raise ValueError(f"{where}: bounds: declare [low, high] with low < high")
-            if self.kind == "integer" and not all(b.is_integer() for b in self.bounds):
-                raise ValueError(f"{where}: bounds: must be whole, for the column is")
-            if self.categories or self.aliases:
-                raise ValueError(f"{where}: categories and aliases are for categorical columns")
-            if self.transform == "log1p" and self.bounds[0] < 0:
-                raise ValueError(f"{where}: transform: log1p needs a lower bound >= 0")
+        fault = self._category_fault() if self.kind == "categorical" else self._number_fault()
+        if fault:
+            raise ValueError(f'column "{self.name}": {fault}')
         return self
+
+    def _category_fault(self) -> str | None:
+        if len(self.categories) < 2 or repeated(self.categories):
+            return "categories: needs at least two, each named once"
+        if padded := next((c for c in self.categories if c != c.strip()), None):
+            return f"categories: {padded!r} has blanks around it"
+        if unknown := sorted(set(self.aliases.values()) - set(self.categories)):
+            return f"aliases: {unknown[0]!r} is no declared category"
+        if self.bounds or self.transform != "none":
+            return "bounds and transform are for numbers"
+        return None
+
+    def _number_fault(self) -> str | None:
+        if self.bounds is None or self.bounds[0] >= self.bounds[1]:
+            return "bounds: declare [low, high] with low < high"
+        if max(abs(bound) for bound in self.bounds) > 2**53:
+            return "bounds: must lie within -2^53 and 2^53"
+        if self.kind == "integer" and not all(b.is_integer() for b in self.bounds):
+            return "bounds: must be whole, for the column is"
+        if self.categories or self.aliases:
+            return "categories and aliases are for categorical columns"
+        if self.transform == "log1p" and self.bounds[0] < 0:
+            return "transform: log1p needs a lower bound >= 0"
+        return None
 
     @property
     def levels(self) -> int:
@@ -81,7 +89,7 @@ class TableSchema(Options):
     modality: Literal["table"] = "table"
     columns: Annotated[tuple[Column, ...], Strict(False)] = Field(alias="column")  # noqa: FBT003
     label: str | None = None
-    person: str | None = None
+    person: Annotated[str, Field(min_length=1)] | None = None
     missing: Names = ("", "NA", "?")
     header: bool = True  # without one, a file has all columns in the declared order
 
@@ -103,6 +111,11 @@ class TableSchema(Options):
                 )
         if self.person in names:
             raise ValueError(f'person = "{self.person}": the key must not be a column of the model')
+        if self.person is not None and not self.header:
+            raise ValueError(
+                f'person = "{self.person}": needs a file with a header, for it is no column of the '
+                "model; set header = true"
+            )
         if not self.features:
             raise ValueError("column: declare at least one besides the label")
         return self
@@ -131,6 +144,11 @@ class TableSchema(Options):
         """Length of an encoded record."""
         return self.blocks[-1].stop
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an encoded record."""
+        return (self.width,)
+
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The label's categories; none without a label."""
@@ -155,6 +173,11 @@ class ImageSchema(Options):
         if self.height % 4 or self.width % 4:
             raise ValueError(f"height, width = {self.height}, {self.width}: must be multiples of 4")
         return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an encoded record."""
+        return self.channels, self.height, self.width
 
     @property
     def label(self) -> str | None:

@@ -26,14 +26,14 @@ def read(source: str, schema: Schema) -> pl.DataFrame:
     """
     schema = _table(schema)
     frame = _breast_cancer() if source == "sklearn:breast_cancer" else _read_file(source, schema)
-    wanted = [c.name for c in schema.columns] + ([schema.person] if schema.person else [])
+    wanted = [c.name for c in schema.columns] + ([] if schema.person is None else [schema.person])
     if absent := [name for name in wanted if name not in frame.columns]:
         found = ", ".join(map(ascii, frame.columns[:8])) or "no columns"
         raise DataError(
             f'data.source = {source}: column "{absent[0]}" is missing; the file has {found}'
         )
     try:
-        return frame.select(pl.col(wanted).cast(pl.String))
+        return frame.select(_text(frame[name]) for name in wanted)
     except pl.exceptions.PolarsError as error:
         raise _unreadable(source, error) from None
 
@@ -118,6 +118,8 @@ def _table(schema: Schema) -> TableSchema:
 
 def _read_file(source: str, schema: TableSchema) -> pl.DataFrame:
     path = Path(source)
+    if source.startswith("sklearn:"):
+        raise DataError(f"data.source = {source}: is no table that is built in")
     if path.suffix.lower() not in _SUFFIXES:
         raise DataError(f"data.source = {source}: must end in {', '.join(_SUFFIXES)}")
     if not path.is_file():
@@ -128,6 +130,14 @@ def _read_file(source: str, schema: TableSchema) -> pl.DataFrame:
         return _read_lines(path, schema)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise _unreadable(source, error) from None
+
+
+def _text(series: pl.Series) -> pl.Series:
+    """Values as strings; bytes that are not UTF-8 are replaced, value by value."""
+    if series.dtype != pl.Binary:
+        return series.cast(pl.String, strict=False)
+    decoded = [None if value is None else value.decode(errors="replace") for value in series]
+    return pl.Series(series.name, decoded, dtype=pl.String)
 
 
 def _read_lines(path: Path, schema: TableSchema) -> pl.DataFrame:

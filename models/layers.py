@@ -32,12 +32,20 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 
     `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Lookup`
     starts at zero.
+
+    Raises:
+        TypeError: A layer of another kind has parameters: say here how they start.
     """
+    known: set[int] = set()
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            known |= {id(parameter) for parameter in layer.parameters()}
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in known:
+            raise TypeError(f"{name}: no layer whose initial weights are declared")
     for layer in module.modules():
         if isinstance(layer, Lookup):
             nn.init.zeros_(layer.weights.weight)

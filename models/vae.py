@@ -6,6 +6,8 @@ noisy steps learn first. The label's own distribution is learnt with the rest, u
 clipping, so that labels can be sampled without looking at the data.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -28,13 +30,10 @@ class Vae(nn.Module):
         super().__init__()
         self.options, self.schema = options, schema
         self.classes = len(schema.classes)
-        pixels = (
-            schema.channels * schema.height * schema.width
-            if isinstance(schema, ImageSchema)
-            else schema.width
-        )
         self.prior = Lookup(1, self.classes, _PRIOR_GAIN) if self.classes else None
-        self.template = Lookup(self.classes, pixels, _TEMPLATE_GAIN) if self.classes else None
+        self.template = (
+            Lookup(self.classes, math.prod(schema.shape), _TEMPLATE_GAIN) if self.classes else None
+        )
         self.spread: Lookup | None = None
         self.encoder, self.decoder, features = (
             _conv_halves(options, schema, self.classes)
@@ -80,7 +79,6 @@ class _Split(nn.Module):
 def _conv_halves(
     options: VaeOptions, schema: ImageSchema, classes: int
 ) -> tuple[nn.Module, nn.Module, int]:
-    shape = (schema.channels, schema.height, schema.width)
     inner = (2 * options.width, schema.height // 4, schema.width // 4)
     flat = inner[0] * inner[1] * inner[2]
     encoder = nn.Sequential(
@@ -97,7 +95,7 @@ def _conv_halves(
         nn.SiLU(),
         nn.ConvTranspose2d(options.width, schema.channels, 4, stride=2, padding=1),
     )
-    return _Split(encoder, shape), decoder, flat + classes
+    return _Split(encoder, schema.shape), decoder, flat + classes
 
 
 def _dense_halves(

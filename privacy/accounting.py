@@ -23,6 +23,8 @@ from ..config import FedveilError
 warnings.filterwarnings("ignore", "Optimal order is the", UserWarning)
 
 COARSE_GRID = 1e-3
+"""Grid to search on; `grids` widens both for an epsilon above 10, where they would take minutes."""
+
 FINE_GRID = 1e-4
 
 
@@ -49,6 +51,12 @@ class Releases:
         if self.sampling_rate < 1:
             one = dp_accounting.PoissonSampledDpEvent(self.sampling_rate, one)
         return dp_accounting.SelfComposedDpEvent(one, self.count)
+
+
+def grids(epsilon: float) -> tuple[float, float]:
+    """The grids to search and to confirm on: 1e-3 and 1e-4 up to epsilon 10, then in proportion."""
+    wider = max(1.0, epsilon / 10)
+    return COARSE_GRID * wider, FINE_GRID * wider
 
 
 def pld_schedule(
@@ -136,8 +144,9 @@ def calibrate(sampling_rate: float, count: int, epsilon: float, delta: float) ->
     Raises:
         AccountingError: No noise multiplier up to 10^4 reaches it.
     """
+    coarse, fine = grids(epsilon)
 
-    def price(noise_multiplier: float, grid: float = COARSE_GRID) -> float:
+    def price(noise_multiplier: float, grid: float = coarse) -> float:
         return pld_epsilon(Releases(noise_multiplier, sampling_rate, count), delta, grid)
 
     # Bracket from the side of much noise: small noise makes wide, slow distributions.
@@ -156,10 +165,10 @@ def calibrate(sampling_rate: float, count: int, epsilon: float, delta: float) ->
         middle = (high + low) / 2
         low, high = (low, middle) if price(middle) <= epsilon else (middle, high)
     # The coarse grid errs on the safe side, and in runs of thousands of releases by much.
-    low = high * price(high, FINE_GRID) / epsilon
+    low = high * price(high, fine) / epsilon
     while high - low > 5e-3 * high:
         middle = (high + low) / 2
-        low, high = (low, middle) if price(middle, FINE_GRID) <= epsilon else (middle, high)
+        low, high = (low, middle) if price(middle, fine) <= epsilon else (middle, high)
     return Releases(high, sampling_rate, count)
 
 

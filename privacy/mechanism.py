@@ -35,7 +35,10 @@ def add_noise(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arra
         raise ValueError("sum: is not finite; it must be clipped before noise is added")
     lattice = 2.0 ** (math.floor(math.log2(scale)) - _LATTICE_BITS)
     noised = {name: array + coins.gaussian(array.shape, scale) for name, array in total.items()}
-    return {name: np.rint(array / lattice) * lattice for name, array in noised.items()}
+    released = {name: np.rint(array / lattice) * lattice for name, array in noised.items()}
+    if not all(np.isfinite(array).all() for array in released.values()):
+        raise ValueError(f"noise of standard deviation {scale}: the result is not finite")
+    return released
 
 
 def add_nothing(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arrays:

@@ -67,10 +67,10 @@ class Coins:
     def gaussian(self, shape: tuple[int, ...], scale: float) -> np.ndarray:
         """Gaussian noise, float64.
 
-        Each sample is half the sum of four Box-Muller normals, which makes the set of reachable
-        values far denser than one normal's (Holohan and Braghin 2021, section 4). This is a fast,
-        rounded sampler and no exact discrete one; whoever adds it must not let its low-order bits
-        out (`mechanism.add_noise` rounds them away).
+        Each sample is half the sum of the four normals of two Box-Muller pairs, which makes the
+        set of reachable values far denser than one normal's (Holohan and Braghin 2021, section 4).
+        This is a fast, rounded sampler and no exact discrete one; whoever adds it must not let its
+        low-order bits out (`mechanism.add_noise` rounds them away).
 
         Args:
             shape: The shape of the noise.
@@ -83,7 +83,7 @@ class Coins:
         return noise.reshape(shape)
 
     def _normals(self, count: int) -> np.ndarray:
-        # Two radii and two angles give two independent pairs: r cos, r sin; four normals.
+        # Two radii and two angles: r cos and r sin are independent, which makes four normals.
         uniforms = self.uniform(4 * count).reshape(4, count)
         radii = np.sqrt(-2 * np.log(uniforms[:2]))
         angles = uniforms[2:] * _TWO_PI

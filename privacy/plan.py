@@ -8,10 +8,10 @@ from typing import Any
 
 from ..config import COMPATIBILITY, ConfigError, MechanismName, RunConfig, UnitName
 from .accounting import (
-    FINE_GRID,
     AccountingError,
     calibrate,
     cross_check,
+    grids,
     pld_epsilon,
     pld_schedule,
 )
@@ -89,9 +89,6 @@ def plan(config: RunConfig) -> Plan:
         AccountingError: The accountants disagree: do not run.
     """
     mechanism = config.privacy.mechanism
-    pool = config.training_records
-    if config.strategy == "fedavg":
-        pool /= config.federation.sites
     price = _NO_PRICE if mechanism == "none" else _price(config)
     return Plan(
         mechanism=mechanism,
@@ -103,7 +100,7 @@ def plan(config: RunConfig) -> Plan:
         clipping_norm=math.inf if mechanism == "none" else config.privacy.clipping_norm,
         noise_multiplier=price.noise_multiplier,
         sampling_rate=config.sampling_rate,
-        expected_batch=config.sampling_rate * pool,
+        expected_batch=config.sampling_rate * config.pool,
         rounds=config.federation.rounds,
         releases_per_round=config.training.local_steps,
         schedule=price.schedule,
@@ -132,10 +129,11 @@ def _price(config: RunConfig) -> _Price:
         )
     except AccountingError as error:
         raise ConfigError(str(error)) from None
-    claimed = min(pld_epsilon(releases, delta, FINE_GRID), pld_epsilon(releases, delta))
+    coarse, fine = grids(config.privacy.epsilon)
+    claimed = min(pld_epsilon(releases, delta, fine), pld_epsilon(releases, delta, coarse))
     opinions = cross_check(releases, delta, claimed)
     points = _points(rounds)
-    prices = pld_schedule(releases, delta, [point * per_round for point in points[:-1]])
+    prices = pld_schedule(releases, delta, [point * per_round for point in points[:-1]], coarse)
     return _Price(
         noise_multiplier=releases.noise_multiplier,
         schedule=_fill(points, [*prices, claimed]),

@@ -241,10 +241,17 @@ def _metrics(run: _Run, state: ServerState, seconds: float) -> dict[str, Any]:
         "family": run.config.model.family,
         "rounds": state.round,
         "sites": len(run.nodes),
-        "privacy": run.priced.as_dict(),
+        "privacy": run.priced.as_dict() | {"not_claimed": _not_claimed(run.schema)},
         "quality": {},  # accounted figures only, and none is accounted for yet
         "seconds": {"total": seconds},
     }
+
+
+def _not_claimed(schema: Schema) -> list[str]:
+    """What the unit leaves open."""
+    if schema.person is None:
+        return []
+    return [f"a {schema.person} with several records is not hidden, only each record"]
 
 
 def _seconds(**parts: float) -> dict[str, float]:

@@ -36,7 +36,7 @@ from ..flower import (
 from ..privacy.noise import Coins
 from .app import server_app
 from .rounds import Observer, RunError
-from .store import RunFolder
+from .store import Event, RunFolder
 
 _SERVER_NODE = 0
 _CLIENT_APP_RAISED = 2
@@ -108,15 +108,19 @@ def run_local(
         "folder": str(folder),
     }
     RunFolder(folder).describe(config, schema)
+
+    def watch(event: Event) -> None:
+        observe(event)
+        # A federation must not be told; whoever simulates one must be.
+        if event["event"] == "round" and (failed := [s.name for s in sites.values() if s.failed]):
+            raise RunError(
+                f"{', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}: failed and took "
+                f"part without records; {folder / 'sites' / 'site.log'} says why"
+            )
+
     with _site_log(folder / "sites" / "site.log"), local_grid(app, list(sites), number) as grid:
         context = Context(number, _SERVER_NODE, {}, RecordDict(), {**values})
-        server_app(observe)(grid, context)
-    # A federation must not be told; whoever simulates one must be.
-    if failed := [site.name for site in sites.values() if site.failed]:
-        raise RunError(
-            f"{', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}: failed and took part "
-            f"without records; {folder / 'sites' / 'site.log'} says why"
-        )
+        server_app(watch)(grid, context)
 
 
 def simulated_site(node: int, raw: Any, folder: Path) -> Site:  # noqa: ANN401

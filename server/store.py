@@ -71,6 +71,7 @@ class RunFolder:
                 opened.flush()
                 os.fsync(opened.fileno())
             partial.replace(target)
+            _sync_folder(target.parent)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
@@ -150,6 +151,15 @@ class RunFolder:
         if not isinstance(facts.get("round"), int):
             raise FedveilError(f"{found[-1]}: does not say of which round it is")
         return ServerState(round=facts["round"], **parts)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename durable: it is the folder's content that changed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def environment() -> dict[str, Any]:

@@ -132,7 +132,8 @@ class TestSimulate:
         result = process(script(), "simulate", tiny, "--json", "--out", "run", cwd=tmp_path)
         assert result.code == 0, result.err
         assert len(result.out.splitlines()) == 1
-        assert json.loads(result.out) == fedveil.load(tmp_path / "run").metrics
+        metrics = fedveil.load(tmp_path / "run").metrics
+        assert json.loads(result.out) == {**metrics, "folder": "run"}
 
     def test_a_summary(self, call: Call, tiny: Path, tmp_path: Path) -> None:
         result = call("simulate", tiny, "--out", "run")

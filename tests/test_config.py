@@ -72,7 +72,7 @@ def refusal(raw: dict[str, Any]) -> str:
         ("privacy", "delta", 1.5, "privacy.delta = 1.5: must be < 1"),
         ("privacy", "delta", 0, "privacy.delta = 0: must be > 0"),
         ("privacy", "delta", float("nan"), "privacy.delta = NaN: must be a finite number"),
-        ("privacy", "clipping_norm", 0, "privacy.clipping_norm = 0: must be > 0"),
+        ("privacy", "clipping_norm", 0, "privacy.clipping_norm = 0: must be >= 1e-06"),
         ("privacy", "sampling_rate", 0, "privacy.sampling_rate = 0: must be > 0"),
         ("privacy", "sampling_rate", 1.5, "privacy.sampling_rate = 1.5: must be <= 1"),
         ("federation", "sites", 0, "federation.sites = 0: must be >= 1"),
@@ -107,7 +107,7 @@ def refusal(raw: dict[str, Any]) -> str:
             ),
         ),
         ("model", "latent", 0, "model.latent = 0: must be >= 1"),
-        ("model", "family", "gan", "model.family = \"gan\": must be 'vae'; known are vae"),
+        ("model", "family", "gan", "model.family = \"gan\": must be 'vae'"),
         (
             "data",
             "partition",
@@ -184,7 +184,7 @@ def test_shares_that_leave_a_little_are_fine() -> None:
 )
 def test_a_column_goes_with_its_partition_only(data: dict[str, Any]) -> None:
     line = refusal(raw_config(data=data))
-    assert line.startswith(f"data.column = {data.get('column')!r}")
+    assert line.startswith('data.column = "x": ' if "column" in data else "data.column: missing")
     assert 'data.partition = "column"' in line
 
 
@@ -335,7 +335,29 @@ def test_delta_by_default() -> None:
     assert config().delta == 1e-5
     # 10_000^-1.5 = 1e-6, less than 1e-5.
     assert config(data={"records": 10_000}).delta == pytest.approx(1e-6, rel=1e-12)
-    assert config(privacy={"delta": 1e-3}).delta == 1e-3
+    assert config(privacy={"delta": 1e-4}).delta == 1e-4
+
+
+@pytest.mark.parametrize("delta", [0.5, 1e-3, 1 / 1797])
+def test_delta_must_be_below_one_record(delta: float) -> None:
+    # With delta = 1/n, publishing one record whole is (0, delta)-private.
+    line = refusal({**raw_config(), "privacy": {"delta": delta}})
+    assert line.startswith(f"privacy.delta = {delta:g}: must be below 1/1797 records")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "line"),
+    [
+        ("privacy", "epsilon", 101, "privacy.epsilon = 101: must be <= 100"),
+        ("privacy", "clipping_norm", 1e300, "privacy.clipping_norm = 1e+300: must be <= 1e+06"),
+        ("federation", "rounds", 10**6, "federation.rounds = 1000000: must be <= 100000"),
+        ("federation", "seed", 2**63, f"federation.seed = {2**63}: must be < "),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(
+    section: str, key: str, value: float, line: str
+) -> None:
+    assert refusal({**raw_config(), section: {key: value}}).startswith(line)
 
 
 def test_sampling_rate_by_default() -> None:

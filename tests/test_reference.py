@@ -87,7 +87,7 @@ def test_every_row_of_the_table_has_four_cells() -> None:
     [
         ("federation.name", "text", '`"fedveil"`'),
         ("federation.sites", "integer >= 1", "`10`"),
-        ("federation.seed", "integer >= 0", "`0`"),
+        ("federation.seed", "integer >= 0, < 9.22337e+18", "`0`"),
         ("federation.min_replies", "integer >= 1", "derived"),
         ("data.source", "text", "required"),
         ("data.schema", "text", "derived"),
@@ -97,7 +97,7 @@ def test_every_row_of_the_table_has_four_cells() -> None:
         ("model.family", "`vae`", "required"),
         ("training.learning_rate", "number > 0", "derived"),
         ("privacy.mechanism", "`none`, `central`, `local`", '`"central"`'),
-        ("privacy.epsilon", "number > 0", "`3.0`"),
+        ("privacy.epsilon", "number > 0, <= 100", "`3.0`"),
         ("privacy.delta", "number > 0, < 1", "derived"),
         ("privacy.sampling_rate", "number > 0, <= 1", "derived"),
         ("aggregation.strategy", "`sgd`, `adam`, `fedavg`", "derived"),

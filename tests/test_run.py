@@ -382,6 +382,7 @@ def test_provenance(finished_run: fedveil.Run) -> None:
         "against": finished_run.privacy["against"],
         "epsilon": finished_run.privacy["epsilon"],
         "delta": finished_run.privacy["delta"],
+        "not_claimed": [],
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from polars.exceptions import PanicException
 from torch import nn
 
 from fedveil.client import app as client_module
@@ -221,7 +222,9 @@ class TestCount:
 
         site = Asked(read)
         assert isinstance(site.answer(task_for(config)), Update)
-        assert spent_when_read == [{"round": 1}]
+        (spent,) = spent_when_read
+        assert isinstance(spent, dict)
+        assert spent["round"] == 1
         assert refusal(site.answer(task_for(config))) is Refusal.BUDGET
         assert site.reads == 1
 
@@ -284,9 +287,33 @@ class TestCount:
 
     def test_a_state_that_is_not_ours_is_no_permission(self, config: RunConfig) -> None:
         site = Asked()
-        site.context.state["run-a"] = ConfigRecord({"round": "none"})
-        assert refusal(site.answer(task_for(config))) is Refusal.BUDGET
+        site.context.state["run-a"] = ConfigRecord({"round": "none", "terms": "none"})
+        assert refusal(site.answer(task_for(config))) is Refusal.CONFIGURATION
         assert site.reads == 0
+
+    def test_a_run_is_bound_to_its_first_price(self, make_config: MakeConfig) -> None:
+        """Or a server would ask for one more round at a time, each of a run that is not spent."""
+        local = {"mechanism": "local"}
+        first = make_config(privacy={**local, "epsilon": 1.0}, federation={"rounds": 1}).resolved()
+        site = Asked()
+        assert isinstance(site.answer(task_for(first)), Update)
+        for rounds, epsilon in ((2, 1.0), (2, 50.0), (1, 50.0)):
+            other = make_config(
+                privacy={**local, "epsilon": epsilon}, federation={"rounds": rounds}
+            ).resolved()
+            assert refusal(site.answer(task_for(other, 2))) is Refusal.CONFIGURATION
+        assert refusal(site.answer(task_for(first, 2))) is Refusal.BUDGET
+
+    def test_a_panic_of_the_reader_is_a_site_without_records(self, config: RunConfig) -> None:
+        """polars panics with what is no Exception; it must not get past the site either."""
+
+        def read() -> Images:
+            raise PanicException(PLANTED)
+
+        site = Asked(read)
+        answer = site.answer(task_for(config))
+        assert isinstance(answer, Update)
+        assert not any(array.any() for array in answer.arrays.values())
 
 
 class TestConfiguration:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fedveil.config import Clean
 from fedveil.data_prep import Encoded, modality
@@ -545,3 +545,16 @@ def test_take_gives_the_rows_in_the_order_asked_for() -> None:
 def test_the_registry_serves_images() -> None:
     found = modality(GREY)
     assert (found.read, found.encode, found.decode) == (read, encode, decode)
+
+
+def test_one_file_that_a_decoder_chokes_on_is_one_image_less(tmp_path: Path) -> None:
+    """A text chunk that unpacks to megabytes makes Pillow raise what is no OSError."""
+    (tmp_path / "a").mkdir()
+    for name, text in (("bomb", "x" * 3_000_000), ("good", "x")):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("note", text, zip=True)
+        Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(
+            tmp_path / "a" / f"{name}.png", pnginfo=info
+        )
+    schema = ImageSchema(height=8, width=8, classes=("a", "b"))
+    assert read(str(tmp_path), schema).usable.tolist() == [False, True]

@@ -258,6 +258,7 @@ def tables(draw: st.DrawFn) -> TableSchema:
         columns.append({"name": "the label", "kind": "categorical", "categories": draw(words)})
         options["label"] = "the label"
     if draw(st.booleans()):
+        options["header"] = True
         options["person"] = draw(names.filter(lambda n: n not in taken))
     return table(*columns, **options)
 

@@ -104,3 +104,10 @@ class TestLookup:
         assert torch.allclose(total.float(), expected, rtol=1e-6)
         (plain,) = clipped_sum(layer, loss, batch, math.inf, gen()).values()
         assert plain[0].tolist() == pytest.approx([30.0, 15.0])
+
+
+def test_a_layer_without_declared_initial_weights_is_refused() -> None:
+    """Or it would start from torch's global state, which is no public randomness."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    with pytest.raises(TypeError, match=r"^1\.weight: "):
+        initialise(module, gen())

@@ -335,7 +335,7 @@ class TestRuns:
     def test_a_failing_site_takes_part_and_says_why_to_itself_only(
         self, make_config: MakeConfig, tmp_path: Path, mechanism: str
     ) -> None:
-        """The federation is not told; whoever simulates one is, at the end of the whole run."""
+        """The federation is not told; whoever simulates one is, at the end of the round."""
         config = make_config(privacy={"mechanism": mechanism}).resolved()
         folder = RunFolder(tmp_path / "run")
         folder.create()
@@ -345,16 +345,13 @@ class TestRuns:
         assert str(caught.value).startswith("site-003: ")
         assert str(log) in str(caught.value)
         assert "SimpleNamespace" not in str(caught.value)
-        # The run itself went to its end, with every site in every round.
+        # The round itself had every site, and the folder does not pass for a finished run.
         events = list(folder.events())
-        assert [event["event"] for event in events] == ["run", "round", "round", "finished"]
-        assert [(e["sites"], e["dropped"]) for e in events[1:3]] == [(3, []), (3, [])]
-        assert folder.read_json("metrics.json")["rounds"] == 2
-        assert read_file(folder.path / "model.safetensors")[0]
-        for file in ("events.jsonl", "metrics.json"):
-            text = (folder.path / file).read_text(encoding="utf-8").lower()
-            assert "namespace" not in text
-            assert "fail" not in text
+        assert [event["event"] for event in events] == ["run", "round", "failed"]
+        assert (events[1]["sites"], events[1]["dropped"]) == (3, [])
+        assert not (folder.path / "metrics.json").exists()
+        assert not (folder.path / "model.safetensors").exists()
+        assert "namespace" not in (folder.path / "events.jsonl").read_text(encoding="utf-8").lower()
         # The cause, and which site it was, stand in the log.
         text = log.read_text(encoding="utf-8")
         assert "SimpleNamespace" in text
@@ -370,9 +367,9 @@ class TestRuns:
         folder.create()
         with pytest.raises(RunError, match=r"^site-001, site-002, site-004, \.\.\.: "):
             run_spoilt(config, folder, [1, 2, 4, 5])
-        assert list(folder.events())[-1]["event"] == "finished"
+        assert list(folder.events())[-1]["event"] == "failed"
 
-    def test_all_sites_failing_is_a_whole_run_of_nothing(
+    def test_all_sites_failing_is_no_finished_run(
         self, make_config: MakeConfig, tmp_path: Path
     ) -> None:
         config = make_config(privacy={"mechanism": "none"}).resolved()
@@ -380,7 +377,7 @@ class TestRuns:
         folder.create()
         with pytest.raises(RunError, match=r"^site-001, site-002, site-003: "):
             run_spoilt(config, folder, [1, 2, 3])
-        assert list(folder.events())[-1]["event"] == "finished"
+        assert list(folder.events())[-1]["event"] == "failed"
 
     def test_without_a_failure_there_is_neither_error_nor_log(
         self, make_config: MakeConfig, tmp_path: Path
