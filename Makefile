@@ -18,7 +18,8 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Tests are part of -p fedveil: they lie below the root. mypy refuses a folder whose name is no identifier, so it is shown the root under a link named fedveil.
+# mypy refuses a folder whose name is no identifier, so it is shown the root under a link named
+# fedveil. `-p fedveil` takes the tests too: they lie below the root.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

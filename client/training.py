@@ -43,11 +43,13 @@ def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coin
     """
     kind = family(config.model.family)
     names = kind.trainable(module)
+    # Frozen parameters are not differentiated, clipped, noised or sent.
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in names)
     if config.strategy != "fedavg":
         return gradient_sum(kind, module, records, config, plan, coins)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    # Its moments start anew each round: they are not the site's to carry from model to model.
     optimiser = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     for _ in range(plan.releases_per_round):
         total = gradient_sum(kind, module, records, config, plan, coins)

@@ -37,6 +37,7 @@ def keyed_split(identities: Sequence[bytes], key: bytes, holdout: float, audit: 
     """
     if len(key) < 16:
         raise ConfigError(f"split key = {len(key)} bytes: must be at least 16 secret bytes")
+    # 64 bits decide: shares are met to 2^-64, and equal identities fall together.
     digests = b"".join(hmac.digest(key, identity, hashlib.sha256)[:8] for identity in identities)
     place = np.frombuffer(digests, dtype=">u8").astype(np.float64) / 2.0**64
     return Sides(

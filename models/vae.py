@@ -17,7 +17,10 @@ from ..data_prep.schema import ImageSchema, Schema, TableSchema
 from .family import Batch, Family
 from .layers import Lookup
 
+# Noisy steps can push a log variance anywhere; its exponential must stay a number.
 _MAX_LOG_VARIANCE = 8.0
+# A reconstruction's gradient fills the clipping norm; without a gain the few numbers below would
+# learn at the pace of one weight among thousands. The values are those that did best of a few.
 _PRIOR_GAIN = 10.0
 _SPREAD_GAIN = 3.0
 _TEMPLATE_GAIN = 2.0
@@ -144,6 +147,7 @@ def sample(
         labels = torch.zeros(n, dtype=torch.int64)
         if vae.prior is not None:
             share = vae.prior(torch.ones(1, 1))[0].softmax(dim=0)
+            # By a coin each: torch.multinomial refuses to draw none.
             ends = share.cumsum(dim=0)[:-1]
             labels = torch.bucketize(torch.rand(n, generator=generator), ends)
     z = torch.randn(n, vae.options.latent, generator=generator)
@@ -185,6 +189,8 @@ def _table_loss(vae: Vae, logits: Tensor, x: Tensor) -> Tensor:
             total = total - (x[:, span] * logits[:, span].log_softmax(dim=1)).sum(dim=1)
             continue
         value, start = x[:, block.start], block.start
+        # A number is a Gaussian around a mean within its bounds; its spread is learnt, or samples
+        # would all sit at their means.
         if spread is None:
             loss = F.binary_cross_entropy_with_logits(logits[:, start], value, reduction="none")
         else:

@@ -121,6 +121,7 @@ def _add_clipped(total: Gradients, module: nn.Module, real: int, bound: float) -
             flat[name] = per_example.flatten(1).double()
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None
+    # The norm over all parameters together: clipping each by itself would allow sqrt(their number).
     norms = torch.stack([g.norm(dim=1) for g in flat.values()]).norm(dim=0)
     usable = norms.isfinite()
     usable[real:] = False

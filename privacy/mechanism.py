@@ -33,6 +33,7 @@ def add_noise(total: Mapping[str, np.ndarray], plan: Plan, coins: Coins) -> Arra
         raise ValueError(f"noise of standard deviation {scale}: must be > 0 and finite")
     if not all(np.isfinite(array).all() for array in total.values()):
         raise ValueError("sum: is not finite; it must be clipped before noise is added")
+    # A power of two, so that dividing and multiplying by it are exact.
     lattice = 2.0 ** (math.floor(math.log2(scale)) - _LATTICE_BITS)
     noised = {name: array + coins.gaussian(array.shape, scale) for name, array in total.items()}
     released = {name: np.rint(array / lattice) * lattice for name, array in noised.items()}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-_BLOCK = 1 << 16  # words drawn at a time: the working set stays in cache
+_BLOCK = 1 << 16  # samples made at a time: the working set stays in cache
 _TWISTER_BYTES = 5056
 _TWISTER_WORDS = slice(24, 24 + 8 * 624)  # behind seed, left, seeded and next; 32 bits in 64 each
 _TWO_PI = np.float64(2 * np.pi)
@@ -62,6 +62,7 @@ class Coins:
 
     def poisson_sample(self, count: int, rate: float) -> np.ndarray:
         """Ascending indices of range(count), each in it by its own coin of probability `rate`."""
+        # Uniform on (0, 1]: `<=` takes everyone at rate 1, and is below the rate by 2^-53 at most.
         return np.flatnonzero(self.uniform(count) <= rate)
 
     def gaussian(self, shape: tuple[int, ...], scale: float) -> np.ndarray:

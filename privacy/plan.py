@@ -132,6 +132,7 @@ def _price(config: RunConfig) -> _Price:
     coarse, fine = grids(config.privacy.epsilon)
     claimed = min(pld_epsilon(releases, delta, fine), pld_epsilon(releases, delta, coarse))
     opinions = cross_check(releases, delta, claimed)
+    # Pricing 64 rounds takes a second; between them a later price stands in, which is no lower.
     points = _points(rounds)
     prices = pld_schedule(releases, delta, [point * per_round for point in points[:-1]], coarse)
     return _Price(

@@ -86,6 +86,7 @@ def apply_fedavg(state: ServerState, mean: Arrays, config: RunConfig) -> ServerS
     Record counts are private, so that they weigh nothing.
     """
     del config
+    # What is frozen is not sent, and stays.
     model = {**state.model, **mean}
     return ServerState(state.round + 1, model, model, {}, {})
 

@@ -140,6 +140,7 @@ def advance(
         return strategy.apply(
             state, scaled(summed(replies.usable), 1 / len(replies.usable)), config
         )
+    # The one place where a trusted server's noise comes in; nothing un-noised is kept after it.
     total = MECHANISMS[priced.mechanism].at_server(summed(replies.usable), priced, coins)
     mean = scaled(total, 1 / priced.expected_batch)
     kind = family(config.model.family)
@@ -178,6 +179,7 @@ def usable_replies(
     usable: dict[int, Arrays] = {}
     dropped: dict[int, str] = {}
     known = set(nodes)
+    # Who replied first must not matter: sums of floats depend on their order.
     for message in replies:
         node = message.metadata.src_node_id
         if node not in known:

@@ -95,7 +95,7 @@ def run_local(
         folder: The run folder, which exists; each simulated site has a folder in it.
         observe: Sees every event.
     """
-    number = secrets.randbits(62)
+    number = secrets.randbits(62)  # Flower keeps run numbers in signed 64 bits
     run_id = f"{number:016x}"
     sites = {
         node: simulated_site(node, raw, folder) for node, raw in enumerate(shards.parts, start=1)
@@ -156,6 +156,7 @@ def _site_log(path: Path) -> Iterator[None]:
 def local_grid(app: ClientApp, nodes: list[int], run_number: int) -> Iterator["LocalGrid"]:
     """A grid of threads, min(cores, sites) of them, each with one torch thread."""
     workers = min(len(os.sched_getaffinity(0)), len(nodes))
+    # The identity is the process's, so that one simulation runs at a time in a process.
     set_identity(run_number, _SERVER_NODE)
     pool = ThreadPoolExecutor(workers, "site", initializer=torch.set_num_threads, initargs=(1,))
     try:

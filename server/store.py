@@ -127,6 +127,7 @@ class RunFolder:
             f"checkpoint/{state.round:06d}.safetensors",
             to_bytes(arrays, {**facts, "round": state.round}),
         )
+        # Two, so that a crash while one is written leaves the one before.
         for old in sorted((self.path / "checkpoint").glob("*.safetensors"))[:-_KEPT_CHECKPOINTS]:
             old.unlink()
 
