@@ -23,6 +23,7 @@ def simulate(
     config: RunConfig | Path | str,
     *,
     out: Path | str | None = None,
+    resume: bool = False,
     observe: "Observer | None" = None,
     **overrides: Mapping[str, Any],
 ) -> "Run":
@@ -31,6 +32,8 @@ def simulate(
     Args:
         config: A configuration, or the path of one.
         out: The run folder, new or empty. Default: `runs/NAME-TIME`.
+        resume: Go on with the run that `out` holds, from its last whole round, and with the
+            configuration that it was begun with; a run that never began begins.
         observe: Sees every event of the run as it happens.
         overrides: Options that win, by section: `privacy={"epsilon": 3.0}`.
 
@@ -46,16 +49,48 @@ def simulate(
     from .server.simulation import load_shards, run_local
 
     resolved, schema = resolve(config, overrides)
-    shards = load_shards(resolved, schema)
-    plan(resolved)  # a budget that cannot be reached is refused before anything is written
+    if resume and out is None:
+        raise ConfigError("--resume: needs --out, the folder of the run that is to go on")
     path = Path(out) if out is not None else default_folder(resolved.federation.name)
-    RunFolder(path).create()
-    run_local(resolved, schema, shards, path, observe or ignore)
-    run = Run(path)
-    if run.schema.modality == "table":
-        write(run, TABLE_SAMPLES, path / "samples.csv")
-    write(run, GRID_SAMPLES, path / "samples.png")
+    folder, run = RunFolder(path), Run(path)
+    if not (resume and run.finished):
+        # What cannot be used is refused before anything is written.
+        shards = load_shards(resolved, schema)
+        plan(resolved)
+    with folder.locked(resume=resume):
+        if resume:
+            _same_config(run, resolved, schema)
+        if not run.finished:
+            run_local(resolved, schema, shards, path, observe or ignore)
+        _write_samples(run)
     return run
+
+
+def _same_config(run: Run, resolved: RunConfig, schema: Schema) -> None:
+    """Refuses to go on with another configuration than the run was begun with."""
+    if not (run.path / "config.toml").exists():
+        return
+    if (run.path / "schema.json").exists() and run.schema != schema:
+        raise ConfigError(
+            f"data.schema: has changed since the run in {run.path} was begun; resume it with that"
+        )
+    before, now = (config.model_dump(by_alias=True) for config in (run.config, resolved))
+    for section, options in now.items():
+        for key, value in options.items():
+            if before[section][key] != value:
+                raise ConfigError(
+                    f"{section}.{key} = {value}: the run in {run.path} was begun with "
+                    f"{before[section][key]}; resume it with that"
+                )
+
+
+def _write_samples(run: Run) -> None:
+    samples = {"samples.png": GRID_SAMPLES}
+    if run.schema.modality == "table":
+        samples["samples.csv"] = TABLE_SAMPLES
+    for name, n in samples.items():
+        if not (run.path / name).exists():
+            write(run, n, run.path / name)
 
 
 def resolve(

@@ -7,6 +7,7 @@ and `RunConfig.resolved` writes the derived values in.
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 MechanismName = Literal["none", "central", "local"]
 StrategyName = Literal["sgd", "adam", "fedavg"]
 UnitName = Literal["record"]
+CompositionName = Literal["addition", "rdp"]
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -95,6 +97,18 @@ class Data(Options):
     column: str | None = Field(
         None, description='The column that decides the site (`partition = "column"`).'
     )
+    dataset_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="The ledger's account: declared, and the same for as long as the data is. "
+        "Default: the run's name, while the ledger is new.",
+    )
+    ledger: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of the simulated sites' durable ledgers and split keys, for several "
+        "runs over one data set. Default: new ones in the run folder.",
+    )
     holdout: Share = Field(0.1, description="Share of the records held out for evaluation.")
     audit: Share = Field(0.0, description="Share of the records kept for the audit.")
 
@@ -111,6 +125,8 @@ class Data(Options):
             raise ValueError(
                 f'data.column = "{self.column}": goes with data.partition = "column" only'
             )
+        if self.ledger is not None and self.dataset_id is None:
+            raise ValueError("data.dataset_id: missing: data.ledger needs the name of the account")
         return self
 
 
@@ -163,7 +179,15 @@ class Privacy(Options):
 
     unit: UnitName = Field("record", description="What is hidden: one record.")
     mechanism: MechanismName = Field("central", description="Where noise is added; see below.")
-    epsilon: float = Field(3.0, gt=0, le=100, description="Budget of the whole run.")
+    epsilon: float = Field(
+        3.0, gt=0, le=100, description="Budget of the whole run over training records."
+    )
+    epsilon_holdout: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="Budget of all figures made from held-out records. Default: `privacy.epsilon`.",
+    )
     delta: float | None = Field(None, gt=0, lt=1, description="Default: min(1e-5, records^-1.5).")
     clipping_norm: float = Field(
         1.0, ge=1e-6, le=1e6, description="L2 bound of one record's gradient."
@@ -181,6 +205,43 @@ class Aggregation(Options):
 
     strategy: StrategyName | None = Field(
         None, description="Default: `adam`; `fedavg` under `local`."
+    )
+
+
+class Evaluation(Options):
+    """How good the generator is, by noised sums over held-out records."""
+
+    every: int | None = Field(
+        None,
+        ge=0,
+        description="Rounds between evaluations; 0: only at the end. Default: a quarter of them.",
+    )
+    samples: int = Field(
+        5000,
+        ge=100,
+        le=1_000_000,
+        description="Synthetic records that an evaluation draws and trains its classifiers on.",
+    )
+    training_share: Share = Field(
+        0.0,
+        description="Share of `privacy.epsilon` that pays for the loss of training records, to "
+        "hold beside the held-out one; 0: none is made.",
+    )
+
+
+class Policy(Options):
+    """What a simulated site's policy says; a real site's is its own and never leaves it."""
+
+    epsilon_lifetime: Positive | None = Field(
+        None, description="Limit of an account over all runs. Default: this run's, for new ledgers."
+    )
+    delta_lifetime: float | None = Field(
+        None, gt=0, lt=1, description="Limit of an account's delta. Default: this run's."
+    )
+    composition: CompositionName = Field(
+        "addition",
+        description="How runs add up: `addition` of their (epsilon, delta); `rdp`, a Renyi filter, "
+        "for many runs.",
     )
 
 
@@ -230,6 +291,8 @@ class RunConfig(Options):
     training: Training = Training()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+    policy: Policy = Policy()
 
     @property
     def strategy(self) -> StrategyName:
@@ -269,6 +332,39 @@ class RunConfig(Options):
         return self.privacy.sampling_rate or min(1.0, _EXPECTED_BATCH / self.pool)
 
     @property
+    def epsilon_holdout(self) -> float:
+        """The hold-out's epsilon in force."""
+        return self.privacy.epsilon_holdout or self.privacy.epsilon
+
+    @property
+    def evaluate_every(self) -> int:
+        """Rounds between evaluations in force; 0: only at the end."""
+        if self.evaluation.every is None:
+            return math.ceil(self.federation.rounds / 4)
+        return self.evaluation.every
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations the run makes; the last one, after all rounds, included."""
+        if self.data.holdout == 0:
+            return 0
+        every = self.evaluate_every
+        return 1 + ((self.federation.rounds - 1) // every if every else 0)
+
+    @property
+    def dataset_id(self) -> str:
+        """The account in force, of simulated sites."""
+        return self.data.dataset_id or self.federation.name
+
+    @property
+    def lifetime(self) -> tuple[float | None, float]:
+        """Epsilon and delta that a simulated site's account may spend; `None` is no limit."""
+        limit = self.policy.epsilon_lifetime
+        if limit is None and self.privacy.mechanism != "none":
+            limit = max(self.privacy.epsilon, self.epsilon_holdout)
+        return limit, self.policy.delta_lifetime or self.delta
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate in force."""
         return self.training.learning_rate or _LEARNING_RATES[self.strategy]
@@ -283,14 +379,31 @@ class RunConfig(Options):
         return self.model_copy(
             update={
                 "federation": self.federation.model_copy(update={"min_replies": self.min_replies}),
-                "data": self.data.model_copy(update={"records": self.records}),
+                "data": self.data.model_copy(
+                    update={"records": self.records, "dataset_id": self.dataset_id}
+                ),
                 "training": self.training.model_copy(update={"learning_rate": self.learning_rate}),
                 "privacy": self.privacy.model_copy(
-                    update={"delta": self.delta, "sampling_rate": self.sampling_rate}
+                    update={
+                        "delta": self.delta,
+                        "sampling_rate": self.sampling_rate,
+                        "epsilon_holdout": self.epsilon_holdout,
+                    }
                 ),
                 "aggregation": Aggregation(strategy=self.strategy),
+                "evaluation": self.evaluation.model_copy(update={"every": self.evaluate_every}),
+                "policy": self.policy.model_copy(
+                    update=dict(
+                        zip(("epsilon_lifetime", "delta_lifetime"), self.lifetime, strict=True)
+                    )
+                ),
             }
         )
+
+    def shared(self) -> "RunConfig":
+        """This configuration without what is each site's own to say: what the sites are sent."""
+        data = self.data.model_copy(update={"ledger": None})
+        return self.model_copy(update={"data": data, "policy": Policy()})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -328,11 +441,37 @@ def check_compatibility(config: RunConfig) -> None:
             f"privacy.delta = {config.delta:g}: must be below 1/{declared} records, or "
             "publishing a record whole would pass"
         )
+    if config.data.ledger is not None:
+        _check_durable(config)
+    if config.policy.composition == "rdp" and config.policy.epsilon_lifetime is None:
+        raise ValueError(
+            'policy.epsilon_lifetime: missing: policy.composition = "rdp" needs a limit that is '
+            "fixed beforehand, above the run's own price"
+        )
+    if config.evaluation.training_share and not config.evaluations:
+        raise ValueError(
+            f"evaluation.training_share = {config.evaluation.training_share:g}: needs records to "
+            "hold the figures against; set data.holdout > 0"
+        )
     if config.min_replies > config.federation.sites:
         raise ValueError(
             f"federation.min_replies = {config.min_replies}: must be at most federation.sites = "
             f"{config.federation.sites}"
         )
+
+
+def _check_durable(config: RunConfig) -> None:
+    """A ledger that outlives the run needs limits that were said beforehand."""
+    if config.privacy.mechanism == "none":
+        raise ValueError(
+            'data.ledger: no budget pays for privacy.mechanism = "none"; leave data.ledger out'
+        )
+    for name in ("epsilon_lifetime", "delta_lifetime"):
+        if getattr(config.policy, name) is None:
+            raise ValueError(
+                f"policy.{name}: missing: data.ledger outlives this run, so say what all runs "
+                "together may spend"
+            )
 
 
 def load_config(path: Path | str, settings: Mapping[str, Any] | None = None) -> RunConfig:
@@ -416,7 +555,7 @@ def validated(model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
 
 def _make_paths_absolute(raw: dict[str, Any], base: Path) -> None:
     data = raw.get("data")
-    for key in ("source", "schema"):
+    for key in ("source", "schema", "ledger"):
         value = data.get(key) if isinstance(data, dict) else None
         if isinstance(value, str) and value and not value.startswith("sklearn:"):
             data[key] = str((base / value).resolve())  # type: ignore[index]

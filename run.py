@@ -45,6 +45,11 @@ class Run:
         return self._folder.read_json("metrics.json")
 
     @property
+    def finished(self) -> bool:
+        """Whether all of it ran."""
+        return (self.path / "metrics.json").exists()
+
+    @property
     def privacy(self) -> dict[str, Any]:
         """What was promised and spent, against whom, by which accountant."""
         found: dict[str, Any] = self.metrics["privacy"]
@@ -104,16 +109,55 @@ class Run:
         encoded = Encoded(batch.x.numpy(), batch.y.numpy())
         return modality(self.schema).decode(encoded, self.schema)
 
-    @cached_property
-    def _module(self) -> "nn.Module":
-        from .models import family
-        from .models.state import load_arrays, read_file
+    def evaluate(self, data: Path | str) -> dict[str, Any]:
+        """Exact figures of the run's model for records of one's own: NOT PRIVATE.
 
-        module = family(self.config.model.family).build(self.config.model, self.schema)
+        They are the figures of `metrics.json` without noise, for the model that is released.
+
+        Args:
+            data: A file or folder of the run's modality; it is cleaned by the run's rules.
+
+        Returns:
+            `private` (False), `records` (how many were used) and `figures` by name.
+
+        Raises:
+            FedveilError: The data or the model cannot be used.
+        """
+        import torch
+
+        from .data_prep.clean import refuse_unusable
+        from .models import Batch, family, metrics
+        from .server.evaluation import questions
+
+        kind = modality(self.schema)
+        cleaned, report = kind.clean(
+            kind.read(str(data), self.schema), self.schema, self.config.clean
+        )
+        refuse_unusable(report)
+        encoded = kind.encode(cleaned, self.schema)
+        records = Batch(torch.from_numpy(encoded.x), torch.from_numpy(encoded.y))
+        exam = questions(self._arrays, self.config, self.schema)
+        made = family(self.config.model.family)
+        sums = metrics.answers(made, self._module, exam, records, self.schema)
+        figures = metrics.figures(sums, exam, self.schema, made.score_bounds(self._module))
+        return {"private": False, "records": len(records.y), "figures": figures}
+
+    @cached_property
+    def _arrays(self) -> "dict[str, np.ndarray]":
+        from .models.state import read_file
+
         arrays, facts = read_file(self.path / "model.safetensors")
         if facts.get("run_id") != self.metrics["run_id"]:
             raise FedveilError(f"{self.path}: model.safetensors is of another run")
-        load_arrays(module, arrays)
+        return arrays
+
+    @cached_property
+    def _module(self) -> "nn.Module":
+        from .models import family
+        from .models.state import load_arrays
+
+        module = family(self.config.model.family).build(self.config.model, self.schema)
+        load_arrays(module, self._arrays)
         return module
 
     def _checked(self, n: int, labels: Sequence[int]) -> list[int]:

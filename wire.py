@@ -4,6 +4,7 @@ Reading refuses what is not exactly a message: a missing or foreign key, a wrong
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -15,7 +16,14 @@ from .config import FedveilError
 from .flower import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 TRAIN = "train.step"
-"""The action in which a site computes its part of a round."""
+"""The action in which a site computes its part of a round, and evaluates if it is asked to."""
+
+EVALUATE = "evaluate.model"
+"""The action in which a site evaluates only: the model after the last round."""
+
+
+NO_LEDGER = (0, "")
+"""Count and head hash of a ledger that is not known."""
 
 
 class WireError(FedveilError):
@@ -26,7 +34,8 @@ class Refusal(Enum):
     """Why a site takes no part: by configuration and budget, never by what its records say."""
 
     CONFIGURATION = "the configuration is not acceptable to the site"
-    BUDGET = "all releases of the run have been made"
+    BUDGET = "its budget has no such release left"
+    LEDGER = "its ledger cannot be used"
     FAILED = "the site fails even without records; its own log says why"
 
 
@@ -36,26 +45,46 @@ class Task:
 
     Attributes:
         run_id: Which run.
-        round: From 1.
+        round: From 1: a release of the plan's, asked for once. 0 for an evaluation alone.
+        evaluation: The same of evaluations; 0 for none.
         config: The resolved configuration, as JSON; the site prices it by itself.
         schema: The schema, as JSON.
-        arrays: The model.
+        arrays: The model to train; empty for an evaluation alone.
+        released: The model to evaluate, and
+        exam: the questions; both empty without an evaluation.
+        ledger: Count and head hash of the site's ledger, as the server saw them last.
     """
 
     run_id: str
     round: int
+    evaluation: int
     config: str
     schema: str
     arrays: Mapping[str, np.ndarray]
+    released: Mapping[str, np.ndarray]
+    exam: Mapping[str, np.ndarray]
+    ledger: tuple[int, str]
 
 
 @dataclass(frozen=True)
 class Update:
-    """A site's part of one round: a gradient sum, or a model after local steps."""
+    """A site's part of one round.
+
+    Attributes:
+        run_id: As in the task.
+        round: As in the task.
+        evaluation: As in the task.
+        arrays: A gradient sum, or a model after local steps; empty for an evaluation alone.
+        sums: What was asked of the records, added up; empty without an evaluation.
+        ledger: Count and head hash of the site's ledger, this round's commits included.
+    """
 
     run_id: str
     round: int
+    evaluation: int
     arrays: Mapping[str, np.ndarray]
+    sums: Mapping[str, np.ndarray]
+    ledger: tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -64,18 +93,25 @@ class Refused:
 
     run_id: str
     round: int
+    evaluation: int
     code: Refusal
 
 
 def pack(message: Task | Update | Refused) -> RecordDict:
     """A message as Flower records."""
-    facts: dict[str, str | int] = {"run-id": message.run_id, "round": message.round}
+    facts: dict[str, str | int] = {
+        "run-id": message.run_id, "round": message.round, "evaluation": message.evaluation,
+    }  # fmt: skip
     if isinstance(message, Refused):
         return RecordDict({"facts": ConfigRecord({**facts, "refused": message.code.name})})
+    facts |= {"ledger-count": message.ledger[0], "ledger-hash": message.ledger[1]}
     if isinstance(message, Task):
         facts |= {"config": message.config, "schema": message.schema}
-    arrays = {name: _encode(array) for name, array in message.arrays.items()}
-    return RecordDict({"facts": ConfigRecord({**facts}), "arrays": ArrayRecord(arrays)})
+    content = RecordDict({"facts": ConfigRecord({**facts})})
+    for part in _TASK_ARRAYS if isinstance(message, Task) else _UPDATE_ARRAYS:
+        arrays = getattr(message, part)
+        content[part] = ArrayRecord({name: _encode(array) for name, array in arrays.items()})
+    return content
 
 
 def read_task(content: RecordDict) -> Task:
@@ -84,14 +120,16 @@ def read_task(content: RecordDict) -> Task:
     Raises:
         WireError: It is none.
     """
-    facts, arrays = _facts(content), _arrays(content)
-    _only(facts, {"run-id", "round", "config", "schema"})
+    facts = _facts(content, _TASK_ARRAYS)
+    _only(facts, {*_NUMBERS, *_LEDGER, "config", "schema"})
     return Task(
         _field(facts, "run-id", str),
         _field(facts, "round", int),
+        _field(facts, "evaluation", int),
         _field(facts, "config", str),
         _field(facts, "schema", str),
-        arrays,
+        **{part: _arrays(content, part) for part in _TASK_ARRAYS},
+        ledger=_head(facts),
     )
 
 
@@ -103,38 +141,52 @@ def read_reply(message: Message) -> Update | Refused:
     """
     if message.has_error():
         raise WireError(f"Flower error {message.error.code}")
-    facts = _facts(message.content)
-    run_id, number = _field(facts, "run-id", str), _field(facts, "round", int)
-    if "refused" in facts:
-        _only(facts, {"run-id", "round", "refused"})
-        if "arrays" in message.content:
-            raise WireError("refusal: expected no arrays")
+    content = message.content
+    refused = "facts" in content and "refused" in content["facts"]
+    facts = _facts(content, () if refused else _UPDATE_ARRAYS)
+    about = _field(facts, "run-id", str), _field(facts, "round", int)
+    evaluation = _field(facts, "evaluation", int)
+    if refused:
+        _only(facts, {*_NUMBERS, "refused"})
         code = _field(facts, "refused", str)
         if code not in Refusal.__members__:
             raise WireError("refusal: unknown code")
-        return Refused(run_id, number, Refusal[code])
-    _only(facts, {"run-id", "round"})
-    return Update(run_id, number, _arrays(message.content))
+        return Refused(*about, evaluation, Refusal[code])
+    _only(facts, {*_NUMBERS, *_LEDGER})
+    arrays, sums = (_arrays(content, part) for part in _UPDATE_ARRAYS)
+    return Update(*about, evaluation, arrays, sums, _head(facts))
 
 
 _ENCODING = "little-endian"
 _TYPES = {"float32": "<f4", "float64": "<f8"}  # of models; of sums, whose rounding is a sensitivity
 _EXPECTED = " or ".join(_TYPES)
+_TASK_ARRAYS = ("arrays", "released", "exam")
+_UPDATE_ARRAYS = ("arrays", "sums")
+_NUMBERS = ("run-id", "round", "evaluation")
+_LEDGER = ("ledger-count", "ledger-hash")
 FieldT = TypeVar("FieldT", str, int)
 
 
-def _facts(content: RecordDict) -> ConfigRecord:
+def _facts(content: RecordDict, arrays: tuple[str, ...]) -> ConfigRecord:
     record = content.get("facts")
-    if not isinstance(record, ConfigRecord) or content.keys() - {"facts", "arrays"}:
-        raise WireError("message: expected the records facts and arrays")
+    if not isinstance(record, ConfigRecord) or content.keys() != {"facts", *arrays}:
+        raise WireError(f"message: expected the records {', '.join(('facts', *arrays))}")
     return record
 
 
-def _arrays(content: RecordDict) -> dict[str, np.ndarray]:
-    record = content.get("arrays")
+def _arrays(content: RecordDict, part: str) -> dict[str, np.ndarray]:
+    record = content[part]
     if not isinstance(record, ArrayRecord):
-        raise WireError("arrays: missing")
+        raise WireError(f"{part}: expected arrays")
     return {name: _decode(array) for name, array in record.items()}
+
+
+def _head(facts: ConfigRecord) -> tuple[int, str]:
+    count, digest = _field(facts, "ledger-count", int), _field(facts, "ledger-hash", str)
+    # It is kept and printed: no other text of a sender's may get there.
+    if (count, digest) != NO_LEDGER and not (count > 0 and re.fullmatch("[0-9a-f]{64}", digest)):
+        raise WireError("ledger: expected a count and a SHA-256")
+    return count, digest
 
 
 def _encode(array: np.ndarray) -> Array:

@@ -8,7 +8,7 @@ from harness import interleaved, start
 
 from fedveil.flower import ClientApp, Context, Message, RecordDict, set_identity
 from fedveil.server.simulation import LocalGrid, local_grid
-from fedveil.wire import TRAIN, Task, Update, pack, read_reply, read_task
+from fedveil.wire import NO_LEDGER, TRAIN, Task, Update, pack, read_reply, read_task
 
 
 def main() -> None:
@@ -20,10 +20,11 @@ def main() -> None:
     def step(message: Message, context: Context) -> Message:
         del context
         task = read_task(message.content)
-        return Message(pack(Update(task.run_id, task.round, task.arrays)), reply_to=message)
+        update = Update(task.run_id, task.round, 0, task.arrays, {}, (1, "0" * 64))
+        return Message(pack(update), reply_to=message)
 
     arrays = {"weights": np.ones(20_000, dtype=np.float32)}
-    content = pack(Task("run", 1, "{}", "{}", arrays))
+    content = pack(Task("run", 1, 0, "{}", "{}", arrays, {}, {}, NO_LEDGER))
     for sites in (2, 10) if report.quick else (2, 10, 100):
         nodes = list(range(1, sites + 1))
         set_identity(1, 0)

@@ -1,8 +1,9 @@
-"""A site: its records, read and cleaned once per run, and its secrets."""
+"""A site: its records, read and cleaned once per run, its ledger and its secrets."""
 
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from ..data_prep import Encoded, modality
 from ..data_prep.partition import keyed_split
 from ..data_prep.schema import Schema
 from ..models import Batch
+from ..privacy.books import Head, order
+from ..privacy.ledger import Ledger
+from ..privacy.limits import Lifetime
 from ..privacy.noise import Coins
+from ..privacy.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,23 @@ class Records:
     training: Batch
     holdout: Batch
     audit: Batch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a site's owner allows, and where it is kept.
+
+    Attributes:
+        ledger: Where every release is committed before data is read.
+        dataset_id: The account: the owner's own, stable name of the data.
+        lifetime: Limits over all runs.
+        origin: What else decides which records are this site's; it may not change either.
+    """
+
+    ledger: Ledger
+    dataset_id: str
+    lifetime: Lifetime
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Site:
@@ -39,21 +61,81 @@ class Site:
         name: str,
         read: Callable[[], Any],
         split_key: bytes,
+        budget: Budget,
         coins: Coins,
         folder: Path | None = None,
     ) -> None:
         """A site that reads its raw records by `read` and keeps its report in `folder`."""
         self.name, self.coins, self.failed = name, coins, False
         self._read, self._split_key, self._folder = read, split_key, folder
+        self._budget = budget
         self._records: Records | None = None
+        self._about: tuple[Any, ...] = ()
+
+    def check(
+        self,
+        run_id: str,
+        terms: str,
+        known: Head,
+        config: RunConfig,
+        schema: Schema,
+        plan: Plan,
+    ) -> None:
+        """Says whether the site would take part, and changes nothing.
+
+        Raises:
+            LedgerError: It would not, and why.
+        """
+        self._budget.ledger.check_head(known)
+        books = self._budget.ledger.read()
+        books.bind(self._budget.dataset_id, self._split_terms(config, schema))
+        books.reserve(order(run_id, terms, self._budget.dataset_id, plan), self._budget.lifetime)
+
+    def debit(
+        self,
+        run_id: str,
+        terms: str,
+        releases: Sequence[tuple[str, int]],
+        known: Head,
+        config: RunConfig,
+        schema: Schema,
+        plan: Plan,
+    ) -> Head:
+        """Debits releases before data is read: the run as a whole first, then each once.
+
+        Args:
+            run_id: The run; it is bound to the terms that it was reserved on.
+            terms: Hash of the configuration and the schema that the server sent.
+            releases: Parts of the plan and their indices.
+            known: The ledger's head as the server saw it last.
+            config: What was sent, read.
+            schema: The same.
+            plan: The site's own price of it.
+
+        Returns:
+            The ledger's head with these releases.
+
+        Raises:
+            LedgerError: The site takes no part. It rests on configuration and ledger only.
+        """
+        ledger, asked = self._budget.ledger, order(run_id, terms, self._budget.dataset_id, plan)
+        ledger.check_head(known)
+        split = self._split_terms(config, schema)
+        return ledger.debit(asked, self._budget.lifetime, split, releases)
+
+    def close(self) -> None:
+        """Lets go of the ledger."""
+        self._budget.ledger.close()
 
     def records(self, config: RunConfig, schema: Schema) -> Records:
-        """The site's records, read on the first call.
+        """The site's records, read on the first call of a run.
 
         Raises:
             DataError: They cannot be read at all.
         """
-        if self._records is None:
+        about = (schema, config.clean, config.data.holdout, config.data.audit)
+        if self._records is None or self._about != about:
+            self._about = about
             kind = modality(schema)
             cleaned, report = kind.clean(self._read(), schema, config.clean)
             if self._folder is not None:
@@ -74,11 +156,33 @@ class Site:
             )
         return self._records
 
+    def _split_terms(self, config: RunConfig, schema: Schema) -> dict[str, Any]:
+        """All that decides on which side of the split a record is: none of it may ever change.
+
+        A record that is not known by its person is known by its cleaned content, and so by the
+        schema and the rules that it was cleaned by.
+        """
+        identity = schema.person or _sha256(
+            schema.model_dump_json(), config.clean.model_dump_json()
+        )
+        return {
+            "holdout": config.data.holdout,
+            "audit": config.data.audit,
+            "identity": identity,
+            "split_key": _sha256("fedveil split key", self._split_key.hex()),
+            **self._budget.origin,
+        }
+
+
+def _sha256(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
 
 def _batch(encoded: Encoded) -> Batch:
     return Batch(torch.from_numpy(encoded.x), torch.from_numpy(encoded.y))
 
 
-def no_records(schema: Schema) -> Batch:
+def no_records(schema: Schema) -> Records:
     """Zero records of a schema: what a site takes part with when it has none."""
-    return Batch(torch.zeros(0, *schema.shape), torch.zeros(0, dtype=torch.int64))
+    none = Batch(torch.zeros(0, *schema.shape), torch.zeros(0, dtype=torch.int64))
+    return Records(none, none, none)

@@ -31,7 +31,7 @@ def gradient_sum(
         micro_batch=config.training.micro_batch,
     )
     arrays = {name: gradient.numpy() for name, gradient in total.items()}
-    return MECHANISMS[plan.mechanism].at_site(arrays, plan, coins)
+    return MECHANISMS[plan.mechanism].at_site(arrays, plan.noise_scale, coins)
 
 
 def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coins: Coins) -> Arrays:

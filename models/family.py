@@ -50,6 +50,8 @@ class Family:
             example alone: that is what clipping bounds.
         sample: (module, n, generator, labels) -> n synthetic records.
         scores: (module, batch) -> [B], larger for a likelier record; deterministic.
+        score_bounds: module -> (low, high), public bounds that scores are clipped to where they are
+            added up: from the schema and the options alone.
         trainable: module -> names of the parameters that are trained.
         server_step: (module, mean gradient, generator) -> the gradient for the optimiser; where a
             family adds what touches no record, such as a GAN's fake part.
@@ -59,6 +61,7 @@ class Family:
     example_losses: Callable[[nn.Module, Batch, torch.Generator], Tensor]
     sample: Sampler
     scores: Callable[[nn.Module, Batch], Tensor]
+    score_bounds: Callable[[nn.Module], tuple[float, float]]
     trainable: Callable[[nn.Module], list[str]] = all_parameters
     server_step: Callable[[nn.Module, dict[str, Tensor], torch.Generator], dict[str, Tensor]] = (
         unchanged

@@ -1,5 +1,6 @@
 """Parameters as arrays: checked against the module they are for, stored as safetensors."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +64,11 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def to_bytes(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> bytes:
-    """Arrays and facts about them as one safetensors file."""
+    """Arrays and facts about them as one safetensors file, with a checksum over all of it."""
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    return save(contiguous, metadata={"fedveil": json.dumps(facts, sort_keys=True)})
+    about = {"facts": facts, "sha256": _checksum(contiguous, facts)}
+    # One key: safetensors writes several in an order of chance.
+    return save(contiguous, metadata={"fedveil": json.dumps(about, sort_keys=True)})
 
 
 def read_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
@@ -76,7 +79,20 @@ def read_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="numpy") as opened:
-            facts = json.loads((opened.metadata() or {})["fedveil"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            about = json.loads((opened.metadata() or {})["fedveil"])
+            facts, checksum = about["facts"], about["sha256"]
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path}: holds no model of ours ({type(error).__name__})") from None
+    if checksum != _checksum(arrays, facts):
+        raise StateError(f"{path}: is damaged: its checksum does not fit")
+    return arrays, facts
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -24,6 +24,7 @@ _MAX_LOG_VARIANCE = 8.0
 _PRIOR_GAIN = 10.0
 _SPREAD_GAIN = 3.0
 _TEMPLATE_GAIN = 2.0
+_LOG_SCALES = (-4.0, 0.0)  # bounds of the spread of a number, as its logarithm
 
 
 class Vae(nn.Module):
@@ -168,7 +169,7 @@ def _negative_elbo(
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
     loss = loss + vae.options.beta * kl
     if vae.prior is not None:
-        share = vae.prior(torch.ones(len(y), 1)).log_softmax(dim=1)
+        share = vae.prior(z.new_ones(len(y), 1)).log_softmax(dim=1)
         loss = loss - (share * y).sum(dim=1)
     return loss
 
@@ -182,7 +183,7 @@ def _pixel_loss(logits: Tensor, x: Tensor, reconstruction: str) -> Tensor:
 def _table_loss(vae: Vae, logits: Tensor, x: Tensor) -> Tensor:
     """[B] sums over columns: cross-entropy of levels, the numeric loss of present numbers."""
     total = logits.new_zeros(len(logits))
-    spread = vae.spread(torch.ones(len(x), 1)) if vae.spread is not None else None
+    spread = vae.spread(x.new_ones(len(x), 1)) if vae.spread is not None else None
     for block in _table(vae).blocks:
         span = slice(block.start, block.stop)
         if block.column.kind == "categorical":
@@ -228,12 +229,12 @@ def _sample_table(vae: Vae, logits: Tensor, generator: torch.Generator) -> Tenso
 
 def _log_scale(spread: Tensor) -> Tensor:
     """Of a numeric column: between e^-4 and 1 of its range, e^-1.5 at the start."""
-    return (spread - 1.5).clamp(-4, 0)
+    return (spread - 1.5).clamp(*_LOG_SCALES)
 
 
 def _one_hot(vae: Vae, labels: Tensor) -> Tensor:
     """[B, classes]. A comparison, not `F.one_hot`: that one looks at the labels and may raise."""
-    return (labels[:, None] == torch.arange(vae.classes)).float()
+    return (labels[:, None] == torch.arange(vae.classes)).to(vae.posterior.weight.dtype)
 
 
 def _vae(module: nn.Module) -> Vae:
@@ -248,4 +249,22 @@ def _table(vae: Vae) -> TableSchema:
     return vae.schema
 
 
-FAMILY = Family(build=build, example_losses=example_losses, sample=sample, scores=scores)
+def score_bounds(module: nn.Module) -> tuple[float, float]:
+    """Bounds of what a score may count for: a nat a pixel; twice a column's widest guess or so."""
+    vae = _vae(module)
+    if isinstance(vae.schema, ImageSchema):
+        return -float(math.prod(vae.schema.shape)), 0.0
+    columns = vae.schema.features
+    guesses = [math.log(column.levels) for column in columns if column.kind == "categorical"]
+    low = -(2.0 * len(columns) + sum(guesses) + math.log(max(vae.classes, 1)))
+    numbers = len(columns) - len(guesses)
+    return low, -_LOG_SCALES[0] * numbers if vae.spread is not None else 0.0
+
+
+FAMILY = Family(
+    build=build,
+    example_losses=example_losses,
+    sample=sample,
+    scores=scores,
+    score_bounds=score_bounds,
+)

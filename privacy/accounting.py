@@ -9,9 +9,11 @@ pessimistic discretisation makes it an upper bound). Opacus's PRV (Gopi et al. 2
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Any
 
 import dp_accounting
 import numpy as np
@@ -26,6 +28,17 @@ COARSE_GRID = 1e-3
 """Grid to search on; `grids` widens both for an epsilon above 10, where they would take minutes."""
 
 FINE_GRID = 1e-4
+
+
+FILTER_ORDERS = (2, 3, 4, 6, 10, 16, 32, 64)
+"""Renyi orders of an account that is kept in RDP; few, for each takes its part of delta."""
+
+_EVENTS: Mapping[str, tuple[type[dp_accounting.DpEvent], tuple[str, ...]]] = {
+    "Gaussian": (dp_accounting.GaussianDpEvent, ("noise_multiplier",)),
+    "PoissonSampled": (dp_accounting.PoissonSampledDpEvent, ("sampling_probability", "event")),
+    "SelfComposed": (dp_accounting.SelfComposedDpEvent, ("event", "count")),
+    "NonPrivate": (dp_accounting.NonPrivateDpEvent, ()),
+}
 
 
 class AccountingError(FedveilError):
@@ -46,11 +59,127 @@ class Releases:
 
     @property
     def event(self) -> dp_accounting.DpEvent:
-        """What runs, in the accountants' language."""
+        """What runs, in the accountants' language; without noise it is not private."""
+        if self.noise_multiplier == 0:
+            return dp_accounting.NonPrivateDpEvent()
         one = dp_accounting.GaussianDpEvent(self.noise_multiplier)
         if self.sampling_rate < 1:
             one = dp_accounting.PoissonSampledDpEvent(self.sampling_rate, one)
         return dp_accounting.SelfComposedDpEvent(one, self.count)
+
+
+def event_to_plain(event: dp_accounting.DpEvent) -> dict[str, Any]:
+    """An event as plain values, as a ledger keeps it.
+
+    Raises:
+        AccountingError: It is of a kind that never runs here.
+    """
+    kind = next((name for name, (made, _) in _EVENTS.items() if type(event) is made), None)
+    if kind is None:
+        raise AccountingError(f"event: {event} is none that is accounted for")
+    values = {field: getattr(event, field) for field in _EVENTS[kind][1]}
+    if "event" in values:
+        values["event"] = event_to_plain(values["event"])
+    return {"kind": kind, **values}
+
+
+def event_from_plain(plain: Mapping[str, Any]) -> dp_accounting.DpEvent:
+    """Reads what `event_to_plain` made.
+
+    Raises:
+        AccountingError: It is no such event.
+    """
+    try:
+        made, fields = _EVENTS[plain["kind"]]
+        if plain.keys() != {"kind", *fields}:
+            raise KeyError
+        values = {field: plain[field] for field in fields}
+    except (KeyError, TypeError, AttributeError):
+        raise AccountingError(f"event: {plain!r} is none that is accounted for") from None
+    if "event" in values:
+        values["event"] = event_from_plain(values["event"])
+    sound = (
+        _is_number(values.get("noise_multiplier", 1.0), 0, 1e9)
+        and _is_number(values.get("sampling_probability", 1.0), 0, 1)
+        and type(values.get("count", 1)) is int
+        and 1 <= values.get("count", 1) <= 2**53
+    )
+    if not sound:
+        raise AccountingError(f"event: {plain!r} has numbers that none can have")
+    return made(**values)
+
+
+def _is_number(value: object, above: float, at_most: float) -> bool:
+    return type(value) in {int, float} and above < value <= at_most  # type: ignore[operator]
+
+
+def events_epsilon(
+    events: Mapping[dp_accounting.DpEvent, int], delta: float, about: float
+) -> float | None:
+    """Epsilon of releases that were fixed beforehand, by dp-accounting's own PLD accountant.
+
+    Args:
+        events: How often each event runs.
+        delta: Of the price.
+        about: What it should be, which the grids are chosen for.
+
+    Returns:
+        The smaller of the bounds on our two grids; `None` if an event has no noise.
+    """
+    return _events_epsilon(frozenset(events.items()), delta, about)
+
+
+@lru_cache(maxsize=64)  # the sites of one run all reserved the same
+def _events_epsilon(
+    counts: frozenset[tuple[dp_accounting.DpEvent, int]], delta: float, about: float
+) -> float | None:
+    events = dict(counts)
+    if dp_accounting.NonPrivateDpEvent() in events:
+        return None
+    prices = []
+    for grid in grids(about):
+        accountant = dp_accounting.pld.PLDAccountant(
+            dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, grid
+        )
+        for event, count in events.items():
+            accountant.compose(event, count)
+        prices.append(float(accountant.get_epsilon(delta)))
+    return min(prices)
+
+
+def filter_epsilon(events: Mapping[dp_accounting.DpEvent, int], delta: float) -> float:
+    """Epsilon of releases that were chosen adaptively, by a Renyi filter.
+
+    Formal guarantee: if runs go on only while this stays at or below a limit that was fixed
+    beforehand, everything together is (limit, delta)-DP, whatever later runs took from the outcomes
+    of earlier ones. For one order that is the filter of Feldman and Zrnic (2021, theorem 3.1;
+    Lecuyer 2021, section 3). Of K orders, each has delta / K: sort the outcomes by the first order
+    that is within the limit at the end; in each sort the filter of that order alone would have let
+    the same runs pass, so P(S and sort) <= e^limit Q(S and sort) + delta / K, and these add up.
+
+    Args:
+        events: How often each event ran, or may still run.
+        delta: Of the whole account.
+    """
+    total = sum(count * _renyi(event) for event, count in events.items() if count)
+    if not np.any(total):
+        return 0.0
+    if not np.isfinite(total).any():
+        return math.inf
+    with _quiet_absl():
+        epsilon, _ = dp_accounting.rdp.compute_epsilon(
+            FILTER_ORDERS, total, delta / len(FILTER_ORDERS)
+        )
+    return float(epsilon)
+
+
+@lru_cache(maxsize=1024)  # an account is added up anew for each of its runs
+def _renyi(event: dp_accounting.DpEvent) -> np.ndarray:
+    """Renyi divergences of one event at the filter's orders."""
+    accountant = dp_accounting.rdp.RdpAccountant(
+        FILTER_ORDERS, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    )
+    return np.asarray(accountant.compose(event).rdp)
 
 
 def grids(epsilon: float) -> tuple[float, float]:
@@ -60,7 +189,11 @@ def grids(epsilon: float) -> tuple[float, float]:
 
 
 def pld_schedule(
-    releases: Releases, delta: float, after: Sequence[int], grid: float = COARSE_GRID
+    releases: Releases,
+    delta: float,
+    after: Sequence[int],
+    grid: float = COARSE_GRID,
+    beside: Sequence[Releases] = (),
 ) -> list[float]:
     """Cumulative epsilon after so many of the releases, by privacy loss distributions.
 
@@ -69,25 +202,43 @@ def pld_schedule(
         delta: The delta of every price.
         after: Numbers of releases.
         grid: Discretisation of the privacy loss; finer is tighter and slower.
+        beside: Other releases from the same account, all of them in every price.
 
     Returns:
         An upper bound for each number of releases.
     """
-    one = privacy_loss_distribution.from_gaussian_mechanism(
+    one = _loss_distribution(releases, grid)
+    others = [_loss_distribution(other, grid).self_compose(other.count) for other in beside]
+    return [
+        float(
+            reduce(lambda a, b: a.compose(b), others, one.self_compose(n)).get_epsilon_for_delta(
+                delta
+            )
+        )
+        for n in after
+    ]
+
+
+def _loss_distribution(releases: Releases, grid: float) -> Any:  # noqa: ANN401
+    return privacy_loss_distribution.from_gaussian_mechanism(
         releases.noise_multiplier,
         sampling_prob=releases.sampling_rate,
         value_discretization_interval=grid,
         neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
-    return [float(one.self_compose(n).get_epsilon_for_delta(delta)) for n in after]
 
 
-def pld_epsilon(releases: Releases, delta: float, grid: float = COARSE_GRID) -> float:
+def pld_epsilon(
+    releases: Releases,
+    delta: float,
+    grid: float = COARSE_GRID,
+    beside: Sequence[Releases] = (),
+) -> float:
     """Epsilon of all releases together."""
-    return pld_schedule(releases, delta, [releases.count], grid)[0]
+    return pld_schedule(releases, delta, [releases.count], grid, beside)[0]
 
 
-def rdp_epsilon(releases: Releases, delta: float) -> float:
+def rdp_epsilon(releases: Releases, delta: float, beside: Sequence[Releases] = ()) -> float:
     """Epsilon by Renyi DP at integer orders: valid, and looser than the PLD."""
     # Integer orders only: fractional ones converge badly at high sampling rates, and gain little.
     orders = [*range(2, 64), 80, 96, 128, 192, 256, 512, 1024]
@@ -95,10 +246,14 @@ def rdp_epsilon(releases: Releases, delta: float) -> float:
         orders, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     )
     with _quiet_absl():
-        return float(accountant.compose(releases.event).get_epsilon(delta))
+        for part in (releases, *beside):
+            accountant.compose(part.event)
+        return float(accountant.get_epsilon(delta))
 
 
-def prv_epsilon(releases: Releases, delta: float, error: float = 0.01) -> float:
+def prv_epsilon(
+    releases: Releases, delta: float, error: float = 0.01, beside: Sequence[Releases] = ()
+) -> float:
     """Epsilon by Opacus's numerical composition of privacy random variables.
 
     It is the upper end of an interval of half-width `error`.
@@ -106,12 +261,16 @@ def prv_epsilon(releases: Releases, delta: float, error: float = 0.01) -> float:
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
-    accountant.history = [(releases.noise_multiplier, releases.sampling_rate, releases.count)]
+    accountant.history = [
+        (part.noise_multiplier, part.sampling_rate, part.count) for part in (releases, *beside)
+    ]
     with np.errstate(all="ignore"):
         return float(accountant.get_epsilon(delta, eps_error=error))
 
 
-def cross_check(releases: Releases, delta: float, claimed: float) -> dict[str, float]:
+def cross_check(
+    releases: Releases, delta: float, claimed: float, beside: Sequence[Releases] = ()
+) -> dict[str, float]:
     """Second opinions on a claimed epsilon.
 
     The known gaps: PRV lies within twice its asked-for error (2 % of epsilon, between 0.001 and
@@ -126,7 +285,10 @@ def cross_check(releases: Releases, delta: float, claimed: float) -> dict[str, f
     if not 0 <= claimed < math.inf:
         raise AccountingError(f"PLD: epsilon {claimed} for {releases} is no price")
     error = min(0.01, max(0.001, 0.02 * claimed))
-    opinions = {"rdp": rdp_epsilon(releases, delta), "prv": prv_epsilon(releases, delta, error)}
+    opinions = {
+        "rdp": rdp_epsilon(releases, delta, beside),
+        "prv": prv_epsilon(releases, delta, error, beside),
+    }
     tolerance = 2 * error + 0.01 * claimed
     if not abs(opinions["prv"] - claimed) <= tolerance:
         raise AccountingError(
@@ -139,8 +301,14 @@ def cross_check(releases: Releases, delta: float, claimed: float) -> dict[str, f
     return opinions
 
 
-def calibrate(sampling_rate: float, count: int, epsilon: float, delta: float) -> Releases:
-    """The releases of least noise that end at or below epsilon.
+def calibrate(
+    sampling_rate: float,
+    count: int,
+    epsilon: float,
+    delta: float,
+    beside: Sequence[Releases] = (),
+) -> Releases:
+    """The releases of least noise that end, with those beside them, at or below epsilon.
 
     Raises:
         AccountingError: No noise multiplier up to 10^4 reaches it.
@@ -148,7 +316,7 @@ def calibrate(sampling_rate: float, count: int, epsilon: float, delta: float) ->
     coarse, fine = grids(epsilon)
 
     def price(noise_multiplier: float, grid: float = coarse) -> float:
-        return pld_epsilon(Releases(noise_multiplier, sampling_rate, count), delta, grid)
+        return pld_epsilon(Releases(noise_multiplier, sampling_rate, count), delta, grid, beside)
 
     # Bracket from the side of much noise: small noise makes wide, slow distributions.
     high = 1.0

@@ -1,14 +1,27 @@
-"""A run is priced once: `plan()` fixes its noise and its epsilon before anything runs."""
+"""A run is priced once: `plan()` fixes its noise and its epsilon before anything runs.
+
+A run draws on two accounts. The keyed split puts a record on one side by the site's key and the
+record alone, and cleaning maps records one by one; so adding or removing one record changes one
+side by one record (or none, if cleaning drops it) and leaves the others as they were.
+Let the run's outputs be a training mechanism M_T of the training side and a hold-out mechanism M_H
+of the hold-out side, in any interleaving, each of which may look at all earlier outputs. If the
+record is on the training side, every release of M_H is a function of equal records and of earlier
+outputs: post-processing, and the pair costs what M_T costs. If it is held out, the same with M_H.
+If it is on the audit side, nothing changes. So with (epsilon_T, delta) for the one account and
+(epsilon_H, delta) for the other, the run is (max(epsilon_T, epsilon_H), delta)-DP. That is what is
+claimed; a record that ever changed its side would pay the sum, which the ledger refuses.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from ..config import COMPATIBILITY, ConfigError, MechanismName, RunConfig, UnitName
 from .accounting import (
     AccountingError,
+    Releases,
     calibrate,
     cross_check,
     grids,
@@ -16,7 +29,27 @@ from .accounting import (
     pld_schedule,
 )
 
+Side = Literal["training", "holdout"]
+PartName = Literal["rounds", "evaluations", "training_figures"]
+
 _SCHEDULE_POINTS = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """Equal releases from one account.
+
+    Attributes:
+        name: What they are for.
+        side: Whose records they are made from.
+        each: What one commit in the ledger stands for.
+        count: How many commits the run may make.
+    """
+
+    name: PartName
+    side: Side
+    each: Releases
+    count: int
 
 
 @dataclass(frozen=True)
@@ -27,8 +60,11 @@ class Plan:
         mechanism: Where noise is added.
         unit: What is hidden, under add-or-remove-one.
         against: Whom it is hidden from.
-        target_epsilon: What was asked for; `None` without a mechanism.
-        epsilon: What the whole run costs, at most the target; `None` without a mechanism.
+        target_epsilon: What was asked for, of the dearer account; `None` without a mechanism.
+        epsilon: What the whole run costs, the larger of the two accounts, at most the target;
+            `None` without a mechanism.
+        training_epsilon: What it costs a training record.
+        holdout_epsilon: What it costs a held-out record.
         delta: Of every price.
         clipping_norm: Sensitivity of a sum; infinity without a mechanism.
         noise_multiplier: Standard deviation of the noise over the clipping norm.
@@ -36,9 +72,14 @@ class Plan:
         expected_batch: Expected records a step by public numbers, the divisor of noised sums.
         rounds: Rounds of the run.
         releases_per_round: Noised sums of one record's data in a round.
-        schedule: Cumulative epsilon after each round, [rounds]; empty without a mechanism.
+        schedule: Cumulative epsilon of the training account after each round, [rounds]; empty
+            without a mechanism.
+        evaluations: How often the held-out records are summed over.
+        evaluation_noise: Standard deviation of the noise of those sums over their sensitivity.
+        evaluation_schedule: Cumulative epsilon of the hold-out account, [evaluations].
+        figures_noise: As `evaluation_noise`, of sums over training records; 0 if none are made.
         accountant: Whose epsilon it is.
-        second_opinions: Epsilon by other accountants.
+        second_opinions: Epsilon of the training account by other accountants.
     """
 
     mechanism: MechanismName
@@ -46,6 +87,8 @@ class Plan:
     against: str
     target_epsilon: float | None
     epsilon: float | None
+    training_epsilon: float | None
+    holdout_epsilon: float | None
     delta: float
     clipping_norm: float
     noise_multiplier: float
@@ -54,29 +97,60 @@ class Plan:
     rounds: int
     releases_per_round: int
     schedule: tuple[float, ...]
+    evaluations: int
+    evaluation_noise: float
+    evaluation_schedule: tuple[float, ...]
+    figures_noise: float
     accountant: str
     second_opinions: tuple[tuple[str, float], ...]
 
-    def epsilon_after(self, rounds: int) -> float | None:
-        """Cumulative epsilon after so many rounds; `None` without a mechanism.
+    @property
+    def noise_scale(self) -> float:
+        """Standard deviation of the noise of a gradient sum; 0 without a mechanism."""
+        return self.noise_multiplier * self.clipping_norm if self.noise_multiplier else 0.0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that the run may release, as the ledgers keep it."""
+        step = Releases(self.noise_multiplier, self.sampling_rate, self.releases_per_round)
+        parts = [Part("rounds", "training", step, self.rounds)]
+        # The sums over records that are not sampled: all of a site's, every time.
+        if self.evaluations:
+            each = Releases(self.evaluation_noise, 1.0, 1)
+            parts.append(Part("evaluations", "holdout", each, self.evaluations))
+        if self.figures_noise:
+            each = Releases(self.figures_noise, 1.0, 1)
+            parts.append(Part("training_figures", "training", each, self.evaluations))
+        return tuple(parts)
+
+    def epsilon_after(self, rounds: int, evaluations: int = 0) -> float | None:
+        """Cumulative epsilon after so many releases; `None` without a mechanism.
 
         Raises:
-            ValueError: More rounds than were priced.
+            ValueError: More than were priced.
         """
         if not 0 <= rounds <= self.rounds:
             raise ValueError(f"rounds = {rounds}: must be 0 to the {self.rounds} that are priced")
+        if not 0 <= evaluations <= self.evaluations:
+            raise ValueError(
+                f"evaluations = {evaluations}: must be 0 to the {self.evaluations} that are priced"
+            )
         if self.epsilon is None:
             return None
-        return self.schedule[rounds - 1] if rounds else 0.0
+        if evaluations and self.figures_noise:
+            # The schedule has all training figures in each of its prices; before the first round
+            # there is none to look up.
+            rounds = max(rounds, 1)
+        training = self.schedule[rounds - 1] if rounds else 0.0
+        return max(training, self.evaluation_schedule[evaluations - 1] if evaluations else 0.0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: without the schedule, and with `None` for infinity."""
+        """Plain values, for JSON: without the schedules, and with `None` for infinity."""
         values = asdict(self) | {"second_opinions": dict(self.second_opinions)}
-        del values["schedule"]
+        del values["schedule"], values["evaluation_schedule"]
         return {k: None if v == math.inf else v for k, v in values.items()}
 
 
-@lru_cache(maxsize=16)
 def plan(config: RunConfig) -> Plan:
     """Prices a whole run: the least noise whose cumulative epsilon ends at or below the target.
 
@@ -88,22 +162,38 @@ def plan(config: RunConfig) -> Plan:
         ConfigError: The budget cannot be reached.
         AccountingError: The accountants disagree: do not run.
     """
+    return _plan(config.shared())
+
+
+@lru_cache(maxsize=16)
+def _plan(config: RunConfig) -> Plan:
     mechanism = config.privacy.mechanism
-    price = _NO_PRICE if mechanism == "none" else _price(config)
+    none = mechanism == "none"
+    price = _NO_PRICE if none else _price(config)
+    held_out = _NO_HOLDOUT if none or not config.evaluations else _price_holdout(config)
+    training = price.schedule[-1] if price.schedule else None
+    holdout = held_out.schedule[-1] if held_out.schedule else None
+    targets = [config.privacy.epsilon] + [config.epsilon_holdout] * bool(config.evaluations)
     return Plan(
         mechanism=mechanism,
         unit=config.privacy.unit,
         against=COMPATIBILITY[mechanism].against,
-        target_epsilon=None if mechanism == "none" else config.privacy.epsilon,
-        epsilon=price.schedule[-1] if price.schedule else None,
+        target_epsilon=None if none else max(targets),
+        epsilon=None if training is None else max(training, holdout or 0.0),
+        training_epsilon=training,
+        holdout_epsilon=holdout,
         delta=config.delta,
-        clipping_norm=math.inf if mechanism == "none" else config.privacy.clipping_norm,
+        clipping_norm=math.inf if none else config.privacy.clipping_norm,
         noise_multiplier=price.noise_multiplier,
         sampling_rate=config.sampling_rate,
         expected_batch=config.sampling_rate * config.pool,
         rounds=config.federation.rounds,
         releases_per_round=config.training.local_steps,
         schedule=price.schedule,
+        evaluations=config.evaluations,
+        evaluation_noise=held_out.noise_multiplier,
+        evaluation_schedule=held_out.schedule,
+        figures_noise=price.figures_noise,
         accountant=price.accountant,
         second_opinions=price.second_opinions,
     )
@@ -112,35 +202,63 @@ def plan(config: RunConfig) -> Plan:
 @dataclass(frozen=True)
 class _Price:
     noise_multiplier: float
+    figures_noise: float
     schedule: tuple[float, ...]
     accountant: str
     second_opinions: tuple[tuple[str, float], ...]
 
 
-_NO_PRICE = _Price(0.0, (), "none", ())
+@dataclass(frozen=True)
+class _HoldoutPrice:
+    noise_multiplier: float
+    schedule: tuple[float, ...]
+
+
+_NO_PRICE = _Price(0.0, 0.0, (), "none", ())
+_NO_HOLDOUT = _HoldoutPrice(0.0, ())
 
 
 def _price(config: RunConfig) -> _Price:
     rounds, per_round = config.federation.rounds, config.training.local_steps
-    delta = config.delta
+    delta, epsilon = config.delta, config.privacy.epsilon
+    beside: tuple[Releases, ...] = ()
     try:
-        releases = calibrate(
-            config.sampling_rate, rounds * per_round, config.privacy.epsilon, delta
-        )
+        if config.evaluation.training_share:
+            share = config.evaluation.training_share * epsilon
+            beside = (calibrate(1.0, config.evaluations, share, delta),)
+        releases = calibrate(config.sampling_rate, rounds * per_round, epsilon, delta, beside)
     except AccountingError as error:
         raise ConfigError(str(error)) from None
-    coarse, fine = grids(config.privacy.epsilon)
-    claimed = min(pld_epsilon(releases, delta, fine), pld_epsilon(releases, delta, coarse))
-    opinions = cross_check(releases, delta, claimed)
+    coarse, fine = grids(epsilon)
+    claimed = min(pld_epsilon(releases, delta, grid, beside) for grid in (coarse, fine))
+    opinions = cross_check(releases, delta, claimed, beside)
     # Pricing 64 rounds takes a second; between them a later price stands in, which is no lower.
     points = _points(rounds)
-    prices = pld_schedule(releases, delta, [point * per_round for point in points[:-1]], coarse)
+    steps = [point * per_round for point in points[:-1]]
+    prices = pld_schedule(releases, delta, steps, coarse, beside)
     return _Price(
         noise_multiplier=releases.noise_multiplier,
+        figures_noise=beside[0].noise_multiplier if beside else 0.0,
         schedule=_fill(points, [*prices, claimed]),
         accountant="PLD",
         second_opinions=tuple(opinions.items()),
     )
+
+
+def _price_holdout(config: RunConfig) -> _HoldoutPrice:
+    count, epsilon, delta = config.evaluations, config.epsilon_holdout, config.delta
+    try:
+        releases = calibrate(1.0, count, epsilon, delta)
+    except AccountingError as error:
+        raise ConfigError(
+            str(error).replace("privacy.epsilon", "privacy.epsilon_holdout")
+        ) from None
+    coarse, fine = grids(epsilon)
+    claimed = min(pld_epsilon(releases, delta, grid) for grid in (coarse, fine))
+    cross_check(releases, delta, claimed)
+    points = _points(count)
+    prices = pld_schedule(releases, delta, points[:-1], coarse)
+    return _HoldoutPrice(releases.noise_multiplier, _fill(points, [*prices, claimed]))
 
 
 def _points(rounds: int) -> list[int]:

@@ -1,8 +1,17 @@
-"""The round loop: send the model, collect replies, add the server's noise, step, store."""
+"""The round loop: send the model, collect replies, add the server's noise, step, store.
 
+A round is a release of the plan, asked for once. The note of what is asked comes before the asking
+and the checkpoint after the replies; so after a crash the last round may have been released and be
+lost. It counts as spent, its number is not used again, and the run ends with the plan, with as many
+steps fewer as rounds were lost.
+"""
+
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,27 +23,22 @@ from ..data_prep.schema import Schema, schema_to_json
 from ..flower import Grid, Message
 from ..models import family
 from ..models.layers import initialise
-from ..models.state import Arrays, StateError, check_arrays, load_arrays, to_arrays, to_bytes
+from ..models.metrics import Exam, exam_to_arrays
+from ..models.state import Arrays, check_arrays, load_arrays, to_arrays, to_bytes
 from ..privacy.mechanism import MECHANISMS
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan, plan
-from ..wire import TRAIN, Refused, Task, WireError, pack, read_reply
-from .aggregation import STRATEGIES, ServerState
-from .store import Event, RunFolder
+from ..wire import EVALUATE, NO_LEDGER, TRAIN, Task, pack
+from .aggregation import STRATEGIES, ServerState, scaled, summed
+from .evaluation import evaluated, expected_sums, questions
+from .replies import Replies, usable_replies
+from .store import Asked, Checkpoint, Event, RunFolder
 
 Observer = Callable[[Event], None]
 
 
 class RunError(FedveilError):
     """A run that cannot go on."""
-
-
-@dataclass(frozen=True)
-class Replies:
-    """One round's replies: usable ones in site order, and why the others are not."""
-
-    usable: tuple[Arrays, ...]
-    dropped: Mapping[int, str]
 
 
 def train(
@@ -45,42 +49,38 @@ def train(
     folder: RunFolder,
     observe: Observer,
 ) -> None:
-    """Runs all rounds and writes the run folder.
+    """Runs all rounds, or those that are left, and writes the run folder.
 
     Args:
         grid: Reaches the sites.
         config: The resolved configuration.
         schema: What a record is.
         run_id: Names the run in every message.
-        folder: Where everything is kept; it exists.
+        folder: Where everything is kept; it exists. A run that it holds the state of goes on.
         observe: Sees every event as it is written.
 
     Raises:
         RunError: Too few usable replies. The folder keeps the last whole state.
+        FedveilError: The folder is of another run, or of the same one priced otherwise.
     """
-    start = time.perf_counter()
-    module = family(config.model.family).build(config.model, schema)
-    initialise(module, torch.Generator().manual_seed(config.federation.seed))
-    nodes = tuple(sorted(grid.get_node_ids()))
-    run = _Run(grid, nodes, config, schema, run_id, folder, observe, plan(config), module)
-    state = STRATEGIES[config.strategy].init(to_arrays(module))
-    run.tell("run", run_id=run_id, privacy=run.priced.as_dict(), sites=len(nodes))
+    run = _open(grid, config, schema, run_id, folder, observe)
+    point, damaged = folder.load_checkpoint()
+    if point is None:
+        point = _begin(run)
+    else:
+        _resume(run, point, damaged)
+    coins = Coins.from_system()
     try:
-        coins = Coins.from_system()
-        while state.round < run.priced.rounds:
-            state, facts = _round(run, state, coins)
-            run.tell("round", **facts)
+        while folder.asked().round < run.priced.rounds:
+            point = _round(run, point, coins)
+        point = _last_evaluation(run, point, coins)
     except BaseException as error:
         # A run that stops early is charged its plan. Only our own errors have a text that is ours.
         cause = str(error) if isinstance(error, FedveilError) else type(error).__name__
-        run.tell("failed", round=state.round, epsilon=run.priced.epsilon, cause=cause)
+        with suppress(FedveilError):  # such as of a full disk; the cause is what must be told
+            run.tell("failed", round=point.state.round, epsilon=run.priced.epsilon, cause=cause)
         raise
-    total = round(time.perf_counter() - start, 3)
-    metrics = _metrics(run, state, total)
-    facts = {"run_id": run_id, "family": config.model.family, "privacy": metrics["privacy"]}
-    folder.write("model.safetensors", to_bytes(state.average, facts))
-    folder.write_json("metrics.json", metrics)
-    run.tell("finished", rounds=state.round, seconds=total)
+    _finish(run, point)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class _Run:
     observe: Observer
     priced: Plan
     module: nn.Module
+    began: float
 
     def tell(self, event: str, **facts: Any) -> None:  # noqa: ANN401
         line = {"event": event, **facts}
@@ -103,45 +104,199 @@ class _Run:
         self.observe(line)
 
 
-def _round(run: _Run, state: ServerState, coins: Coins) -> tuple[ServerState, dict[str, Any]]:
-    """One round: the state after it, stored, and what may be told of it."""
+def _open(
+    grid: Grid,
+    config: RunConfig,
+    schema: Schema,
+    run_id: str,
+    folder: RunFolder,
+    observe: Observer,
+) -> _Run:
     began = time.perf_counter()
-    replies = _ask(run, state)
-    _enough(replies, state.round + 1, run)
-    asked = time.perf_counter()
-    state = advance(state, replies, run.module, run.config, run.priced, coins)
+    module = family(config.model.family).build(config.model, schema)
+    nodes = tuple(sorted(grid.get_node_ids()))
+    priced = plan(config)
+    return _Run(grid, nodes, config, schema, run_id, folder, observe, priced, module, began)
+
+
+def _begin(run: _Run) -> Checkpoint:
+    initialise(run.module, torch.Generator().manual_seed(run.config.federation.seed))
+    state = STRATEGIES[run.config.strategy].init(to_arrays(run.module))
+    point = Checkpoint(run.run_id, _fingerprint(run.priced), state)
+    run.folder.save_checkpoint(point)
+    run.tell("run", run_id=run.run_id, privacy=run.priced.as_dict(), sites=len(run.nodes))
+    return point
+
+
+def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
+    """Checks that a stored state is this run's, and says what was lost."""
+    if point.run_id != run.run_id:
+        raise FedveilError(f"{run.folder.path}: holds run {point.run_id}, not {run.run_id}")
+    if point.plan != _fingerprint(run.priced):
+        raise FedveilError(
+            f"{run.folder.path}: the run was priced otherwise; resume it with the versions in "
+            "environment.json"
+        )
+    check_arrays(point.state.model, to_arrays(run.module))
+    asked = run.folder.asked()
+    run.tell(
+        "resumed",
+        round=point.state.round,
+        lost=list(range(point.state.round + 1, asked.round + 1)),
+        lost_evaluations=asked.evaluation - point.evaluated.count,
+        epsilon=run.priced.epsilon_after(*asked),
+        damaged=damaged,
+        privacy=run.priced.as_dict(),
+        run_id=run.run_id,
+        sites=len(run.nodes),
+    )
+
+
+def _round(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
+    """One round: asked for once, its state stored before it is told of."""
+    began, before = time.perf_counter(), run.folder.asked()
+    asked = Asked(before.round + 1, before.evaluation + _is_due(run, point, before))
+    exam = _exam(run, point) if asked.evaluation > before.evaluation else None
+    questioned = time.perf_counter()
+    replies = _ask(run, point, asked, exam, training=True)
+    replied = time.perf_counter()
+    arrays = [reply.arrays for reply in replies.usable.values()]
+    state = advance(point.state, arrays, run.module, run.config, run.priced, coins)
+    state = replace(state, round=asked.round)
     _still_finite(state)
+    stepped = time.perf_counter()
+    after = _evaluated(run, replace(point, state=state), point, replies, exam, coins)
+    after = _saved(run, after, replies)
+    run.tell(
+        "round",
+        round=asked.round,
+        epsilon=run.priced.epsilon_after(*asked),
+        sites=len(replies.usable),
+        dropped=[{"site": n, "reason": why} for n, why in replies.dropped.items()],
+        seconds=_seconds(
+            sites=replied - questioned,
+            server=stepped - replied,
+            evaluation=questioned - began if exam else 0.0,
+            store=time.perf_counter() - stepped,
+        ),
+    )
+    if exam is not None:
+        _tell_quality(run, after, asked)
+    return after
+
+
+def _last_evaluation(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
+    """Evaluates the model that is released, unless a crash has used up the last evaluation."""
+    before = run.folder.asked()
+    done = point.evaluated.count and point.evaluated.round == point.state.round
+    if done or before.evaluation == run.priced.evaluations:
+        return point
+    asked, exam = Asked(before.round, before.evaluation + 1), _exam(run, point)
+    replies = _ask(run, point, asked, exam, training=False)
+    after = _saved(run, _evaluated(run, point, point, replies, exam, coins), replies)
+    _tell_quality(run, after, asked)
+    return after
+
+
+def _is_due(run: _Run, point: Checkpoint, asked: Asked) -> bool:
+    """Whether the model of the state is evaluated along with the next round.
+
+    The last of the plan's evaluations is kept for the end, whatever a crash has cost.
+    """
+    every, done, last = run.config.evaluate_every, point.state.round, point.evaluated.round
+    return (
+        bool(every)
+        and done // every > last // every
+        and (run.priced.evaluations - asked.evaluation > 1)
+    )
+
+
+def _exam(run: _Run, point: Checkpoint) -> Exam:
+    return questions(point.state.average, run.config, run.schema)
+
+
+def _evaluated(
+    run: _Run,
+    after: Checkpoint,
+    asked_at: Checkpoint,
+    replies: Replies,
+    exam: Exam | None,
+    coins: Coins,
+) -> Checkpoint:
+    """The checkpoint with what an evaluation found of the model of `asked_at`, if there was one."""
+    if exam is None:
+        return after
+    found = evaluated(
+        asked_at.evaluated,
+        asked_at.state.round,
+        [reply.sums for reply in replies.usable.values()],
+        exam,
+        run.config,
+        run.schema,
+        run.priced,
+        coins,
+    )
+    return replace(after, evaluated=found)
+
+
+def _saved(run: _Run, point: Checkpoint, replies: Replies) -> Checkpoint:
+    heads = {node: reply.ledger for node, reply in replies.usable.items()}
+    point = replace(point, ledgers={**point.ledgers, **heads})
     # The checkpoint comes before the event: a round that was told of is never lost.
-    run.folder.save_checkpoint(state, {"run_id": run.run_id})
-    return state, {
-        "round": state.round,
-        "epsilon": run.priced.epsilon_after(state.round),
-        "sites": len(replies.usable),
-        "dropped": [{"site": n, "reason": why} for n, why in replies.dropped.items()],
-        "seconds": _seconds(sites=asked - began, server=time.perf_counter() - asked),
-    }
+    run.folder.save_checkpoint(replace(point, seconds=_total(run, point)))
+    return point
+
+
+def _tell_quality(run: _Run, point: Checkpoint, asked: Asked) -> None:
+    found = point.evaluated
+    run.tell(
+        "evaluated",
+        round=found.round,
+        evaluation=asked.evaluation,
+        epsilon=run.priced.epsilon_after(*asked),
+        loss=found.quality["loss"]["value"],
+        quality=found.quality,
+    )
+
+
+def _finish(run: _Run, point: Checkpoint) -> None:
+    seconds = _total(run, point)
+    metrics = _metrics(run, point, seconds)
+    facts = {
+        "run_id": run.run_id, "family": run.config.model.family, "privacy": metrics["privacy"],
+    }  # fmt: skip
+    run.folder.write("model.safetensors", to_bytes(point.state.average, facts))
+    run.tell("finished", rounds=run.priced.rounds, steps=point.state.steps, seconds=seconds)
+    run.folder.write_json("metrics.json", metrics)  # the last of all: it says that nothing is left
+
+
+def _total(run: _Run, point: Checkpoint) -> float:
+    """Seconds of the whole run so far, of the processes before this one too."""
+    return round(point.seconds + time.perf_counter() - run.began, 3)
+
+
+def _fingerprint(priced: Plan) -> str:
+    return hashlib.sha256(json.dumps(asdict(priced), sort_keys=True).encode()).hexdigest()
 
 
 def advance(
     state: ServerState,
-    replies: Replies,
+    parts: Sequence[Mapping[str, np.ndarray]],
     module: nn.Module,
     config: RunConfig,
     priced: Plan,
     coins: Coins,
 ) -> ServerState:
-    """Applies one round's usable replies.
+    """Applies one round's usable replies; whose round it is stays for the caller to say.
 
     Formal guarantee: under `central` only the noised sum is used from here on. The divisor is the
     public expected batch, whatever came.
     """
     strategy = STRATEGIES[config.strategy]
     if strategy.replies == "models":
-        return strategy.apply(
-            state, scaled(summed(replies.usable), 1 / len(replies.usable)), config
-        )
+        return strategy.apply(state, scaled(summed(parts), 1 / len(parts)), config)
     # The one place where a trusted server's noise comes in; nothing un-noised is kept after it.
-    total = MECHANISMS[priced.mechanism].at_server(summed(replies.usable), priced, coins)
+    total = MECHANISMS[priced.mechanism].at_server(summed(parts), priced.noise_scale, coins)
     mean = scaled(total, 1 / priced.expected_batch)
     kind = family(config.model.family)
     load_arrays(module, state.model)
@@ -150,74 +305,36 @@ def advance(
     return strategy.apply(state, {n: t.numpy() for n, t in stepped.items()}, config)
 
 
-def summed(parts: Iterable[Mapping[str, np.ndarray]]) -> Arrays:
-    """The sum of arrays by name, in the order given, accumulated in float64."""
-    total: Arrays = {}
-    for part in parts:
-        for name, array in part.items():
-            total[name] = total[name] + array if name in total else array.astype(np.float64)
-    return total
-
-
-def scaled(arrays: Mapping[str, np.ndarray], factor: float) -> Arrays:
-    """Arrays times a number, as float32."""
-    return {name: (array * factor).astype(np.float32) for name, array in arrays.items()}
-
-
-def usable_replies(
-    replies: Iterable[Message],
-    nodes: Iterable[int],
-    run_id: str,
-    number: int,
-    like: Mapping[str, np.ndarray],
+def _ask(
+    run: _Run, point: Checkpoint, asked: Asked, exam: Exam | None, *, training: bool
 ) -> Replies:
-    """Sorts one round's replies into usable ones, in site order, and reasons for the others.
-
-    A reply is usable if it is its site's only one, for this run and round, with arrays of exactly
-    the expected names, shapes and type, all finite. No text that a site wrote is passed on.
-    """
-    usable: dict[int, Arrays] = {}
-    dropped: dict[int, str] = {}
-    known = set(nodes)
-    # Who replied first must not matter: sums of floats depend on their order.
-    for message in replies:
-        node = message.metadata.src_node_id
-        if node not in known:
-            continue
-        if node in usable or node in dropped:
-            usable.pop(node, None)
-            dropped[node] = "replied twice"
-            continue
-        try:
-            reply = read_reply(message)
-            if (reply.run_id, reply.round) != (run_id, number):
-                raise WireError("is for another run or round")
-            if isinstance(reply, Refused):
-                raise WireError(f"refused: {reply.code.value}")
-            check_arrays(reply.arrays, like)
-            usable[node] = dict(reply.arrays)
-        except (WireError, StateError) as error:
-            dropped[node] = str(error)
-    dropped |= dict.fromkeys(known - usable.keys() - dropped.keys(), "no reply")
-    return Replies(tuple(usable[n] for n in sorted(usable)), dict(sorted(dropped.items())))
-
-
-def _ask(run: _Run, state: ServerState) -> Replies:
-    config, number = run.config, state.round + 1
+    """Asks all sites, having noted so; the usable replies, or an error if they are too few."""
+    config, model = run.config, point.state.model
     task = Task(
-        run.run_id,
-        number,
-        config.model_dump_json(by_alias=True),
-        schema_to_json(run.schema),
-        state.model,
+        run_id=run.run_id,
+        round=asked.round if training else 0,
+        evaluation=asked.evaluation if exam else 0,
+        config=config.shared().model_dump_json(by_alias=True),
+        schema=schema_to_json(run.schema),
+        arrays=model if training else {},
+        released=point.state.average if exam else {},
+        exam=exam_to_arrays(exam) if exam else {},
+        ledger=NO_LEDGER,
     )
-    messages = [Message(pack(task), node, TRAIN, group_id=str(number)) for node in run.nodes]
-    names = family(config.model.family).trainable(run.module)
-    like = {name: state.model[name] for name in names}
-    if STRATEGIES[config.strategy].replies == "gradients":
+    tasks = {n: replace(task, ledger=point.ledgers.get(n, NO_LEDGER)) for n in run.nodes}
+    action = TRAIN if training else EVALUATE
+    messages = [Message(pack(t), n, action, group_id=str(asked.round)) for n, t in tasks.items()]
+    arrays: Arrays = {}
+    if training:
+        names = family(config.model.family).trainable(run.module)
         # Sums come as float64: the rounding of a sum to float32 would add to its sensitivity.
-        like = {name: array.astype(np.float64) for name, array in like.items()}
-    return usable_replies(run.grid.send_and_receive(messages), run.nodes, run.run_id, number, like)
+        kind = np.float64 if STRATEGIES[config.strategy].replies == "gradients" else np.float32
+        arrays = {name: model[name].astype(kind) for name in names}
+    sums = expected_sums(run.schema, run.priced) if exam else {}
+    run.folder.ask(asked)
+    replies = usable_replies(run.grid.send_and_receive(messages), tasks, arrays, sums)
+    _enough(replies, asked.round, run)
+    return replies
 
 
 def _enough(replies: Replies, number: int, run: _Run) -> None:
@@ -237,14 +354,17 @@ def _still_finite(state: ServerState) -> None:
         )
 
 
-def _metrics(run: _Run, state: ServerState, seconds: float) -> dict[str, Any]:
+def _metrics(run: _Run, point: Checkpoint, seconds: float) -> dict[str, Any]:
     return {
         "run_id": run.run_id,
         "family": run.config.model.family,
-        "rounds": state.round,
+        "rounds": run.priced.rounds,
+        "steps": point.state.steps,
         "sites": len(run.nodes),
         "privacy": run.priced.as_dict() | {"not_claimed": _not_claimed(run.schema)},
-        "quality": {},  # accounted figures only, and none is accounted for yet
+        "quality": point.evaluated.quality,
+        "evaluated": {"round": point.evaluated.round, "evaluations": point.evaluated.count},
+        "ledgers": {str(node): {"count": c, "head": h} for node, (c, h) in point.ledgers.items()},
         "seconds": {"total": seconds},
     }
 

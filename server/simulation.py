@@ -4,9 +4,9 @@ import copy
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..client.app import client_app
-from ..client.site import Site
+from ..client.app import client_app, terms_of
+from ..client.site import Budget, Site
 from ..config import RunConfig
 from ..data_prep import modality
 from ..data_prep.clean import CleaningReport, refuse_unusable
 from ..data_prep.partition import share_out
 from ..data_prep.schema import Schema, schema_to_json
+from ..files import create_secret_file
 from ..flower import (
     ClientApp,
     Context,
@@ -33,7 +34,12 @@ from ..flower import (
     set_identity,
     set_message_id,
 )
+from ..privacy.books import Head
+from ..privacy.ledger import Ledger
+from ..privacy.limits import LedgerError, Lifetime, UnavailableError
 from ..privacy.noise import Coins
+from ..privacy.plan import plan
+from ..wire import NO_LEDGER
 from .app import server_app
 from .rounds import Observer, RunError
 from .store import Event, RunFolder
@@ -86,19 +92,30 @@ def load_shards(config: RunConfig, schema: Schema) -> Shards:
 def run_local(
     config: RunConfig, schema: Schema, shards: Shards, folder: Path, observe: Observer
 ) -> None:
-    """Runs a federation on threads of this process.
+    """Runs a federation on threads of this process, or what is left of one that was cut off.
 
     Args:
         config: The resolved configuration.
         schema: What a record is.
         shards: The sites' raw records.
-        folder: The run folder, which exists; each simulated site has a folder in it.
+        folder: The run folder, locked; each simulated site has a folder in it.
         observe: Sees every event.
+
+    Raises:
+        LedgerError: A site's ledger does not admit the run. Nothing has run.
+        FedveilError: The run failed.
     """
-    number = secrets.randbits(62)  # Flower keeps run numbers in signed 64 bits
-    run_id = f"{number:016x}"
+    store = RunFolder(folder)
+    point, _ = store.load_checkpoint()
+    # Flower keeps run numbers in signed 64 bits.
+    run_id = point.run_id if point else f"{secrets.randbits(62):016x}"
+    number = int(run_id, 16)
+    if point is None:
+        store.describe(config, schema)
+    home = Path(config.data.ledger) if config.data.ledger else folder / "ledger"
     sites = {
-        node: simulated_site(node, raw, folder) for node, raw in enumerate(shards.parts, start=1)
+        node: simulated_site(node, raw, folder, home, config)
+        for node, raw in enumerate(shards.parts, start=1)
     }
     app = client_app(lambda context: sites[context.node_id])
     values = {
@@ -107,35 +124,110 @@ def run_local(
         "run-id": run_id,
         "folder": str(folder),
     }
-    RunFolder(folder).describe(config, schema)
 
     def watch(event: Event) -> None:
         observe(event)
         # A federation must not be told; whoever simulates one must be.
-        if event["event"] == "round" and (failed := [s.name for s in sites.values() if s.failed]):
+        if event["event"] in {"round", "evaluated"} and (
+            failed := [s.name for s in sites.values() if s.failed]
+        ):
             raise RunError(
                 f"{', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}: failed and took "
                 f"part without records; {folder / 'sites' / 'site.log'} says why"
             )
 
-    with _site_log(folder / "sites" / "site.log"), local_grid(app, list(sites), number) as grid:
+    with ExitStack() as stack:
+        for site in sites.values():
+            stack.callback(site.close)
+        _check_ledgers(sites, run_id, point.ledgers if point else {}, config, schema)
+        stack.enter_context(_site_log(folder / "sites" / "site.log"))
+        grid = stack.enter_context(local_grid(app, list(sites), number))
         context = Context(number, _SERVER_NODE, {}, RecordDict(), {**values})
         server_app(watch)(grid, context)
 
 
-def simulated_site(node: int, raw: Any, folder: Path) -> Site:  # noqa: ANN401
-    """A site with fresh secrets.
+def simulated_site(
+    node: int,
+    raw: Any,  # noqa: ANN401
+    folder: Path,
+    home: Path,
+    config: RunConfig,
+) -> Site:
+    """A site with its ledger and its secrets, made where they are missing.
 
-    Its split key stands in the run folder, as everything of a simulated site does: a simulation
-    protects nobody from the one who runs it.
+    They stand in the run folder, or where `data.ledger` says, and call themselves simulated: a
+    simulation protects nobody from the one who runs it.
+
+    Args:
+        node: Its number.
+        raw: Its raw records.
+        folder: The run folder.
+        home: Where its ledger and its split key are.
+        config: The run.
+
+    Raises:
+        LedgerError: The ledger cannot be used, or ledger and key are not of one site.
     """
-    own = folder / "sites" / f"site-{node:03d}"
-    own.mkdir(parents=True)
-    key = secrets.token_bytes(32)
-    file = own / "SIMULATED-split.key"
-    file.touch(mode=0o600)
-    file.write_text(key.hex() + "\n", encoding="utf-8")
-    return Site(own.name, lambda: raw, key, Coins.from_system(), own)
+    name = f"site-{node:03d}"
+    own, ledger_file = folder / "sites" / name, home / f"{name}.sqlite"
+    key_file = home / f"{name}.SIMULATED-split.key"
+    try:
+        for path in (own, home):
+            path.mkdir(parents=True, exist_ok=True)
+        # The ledger comes first: a key without one says that a ledger was lost. Another process may
+        # make them at the same time, and either's will do.
+        if not ledger_file.exists() and not key_file.exists():
+            with suppress(FileExistsError):
+                Ledger.create(ledger_file, name, simulated=True)
+        ledger = Ledger.open(ledger_file)
+        if not key_file.exists():
+            if ledger.read().datasets:
+                raise UnavailableError(
+                    f"{key_file}: is missing; put it back, or records would change their sides"
+                )
+            with suppress(FileExistsError):
+                create_secret_file(key_file, f"{secrets.token_hex(32)}\n".encode())
+    except OSError as error:
+        raise UnavailableError(f"{home}: {error.strerror}; check the path and the disk") from None
+    data, (epsilon, delta) = config.data, config.lifetime
+    budget = Budget(
+        ledger,
+        config.dataset_id,
+        Lifetime(epsilon, delta, config.policy.composition),
+        {
+            "shared_out": f"{data.partition} to {config.federation.sites} sites, seed "
+            f"{config.federation.seed}, alpha {data.alpha:g}, column {data.column}"
+        },
+    )
+    return Site(name, lambda: raw, _read_key(key_file), budget, Coins.from_system(), own)
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        key = b""
+    if len(key) != 32:
+        raise UnavailableError(f"{path}: holds no split key; put a whole copy back")
+    return key
+
+
+def _check_ledgers(
+    sites: Mapping[int, Site],
+    run_id: str,
+    known: Mapping[int, tuple[int, str]],
+    config: RunConfig,
+    schema: Schema,
+) -> None:
+    """A federation learns of a refusal by its code; whoever simulates one is told why, at once."""
+    shared = config.shared()
+    terms = terms_of(shared.model_dump_json(by_alias=True), schema_to_json(schema))
+    for node, site in sites.items():
+        head = Head(*known.get(node, NO_LEDGER))
+        try:
+            site.check(run_id, terms, head, shared, schema, plan(shared))
+        except LedgerError as error:
+            raise type(error)(f"{site.name}: {error}") from None
 
 
 @contextmanager

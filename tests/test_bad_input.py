@@ -74,6 +74,12 @@ def private(line: str) -> Files:
     return changed('mechanism = "none"', line)
 
 
+def durable(line: str, data: str = 'ledger = "home"\ndataset_id = "cardiology"') -> Files:
+    """A configuration with a ledger that outlives its run, and these lines of a policy."""
+    text = CONFIG.replace('mechanism = "none"', "sampling_rate = 1.0")
+    return with_option("data", data, f"{text}[policy]\n{line}\n")
+
+
 def npz(**arrays: np.ndarray) -> bytes:
     """An archive of arrays."""
     buffer = io.BytesIO()
@@ -113,6 +119,12 @@ def spoilt(content: bytes) -> bytes:
     )
 
 
+def evaluation(line: str) -> Files:
+    """A configuration with an evaluation."""
+    return {"run.toml": f"{CONFIG}[evaluation]\n{line}\n"}
+
+
+LIMITS = "epsilon_lifetime = 9.0\ndelta_lifetime = 1e-4"
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
 LABELS = np.arange(20) % 2
 LISTS = pl.DataFrame({"age": [[1, 2]] * 4, "weight": [70.0] * 4, "ill": ["no", "yes"] * 2})
@@ -154,6 +166,78 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "delta nan": (private("delta = nan"), "privacy.delta"),
     "clipping norm 0": (private("clipping_norm = 0.0"), "privacy.clipping_norm"),
     "sampling rate above 1": (private("sampling_rate = 1.5"), "privacy.sampling_rate"),
+    "epsilon of the holdout 0": (private("epsilon_holdout = 0.0"), "privacy.epsilon_holdout = 0.0"),
+    "epsilon of the holdout above 100": (
+        private("epsilon_holdout = 101"), "privacy.epsilon_holdout = 101: must be <= 100"
+    ),
+    "epsilon of the holdout out of reach": (
+        private("sampling_rate = 1.0\nepsilon_holdout = 1e-7"),
+        "privacy.epsilon_holdout = 1e-07: cannot be reached",
+    ),
+    "a ledger without an account": (
+        durable(LIMITS, 'ledger = "home"'), "data.dataset_id: missing: data.ledger needs"
+    ),
+    "a ledger without a limit of epsilon": (
+        durable("delta_lifetime = 1e-4"), "policy.epsilon_lifetime: missing: data.ledger outlives"
+    ),
+    "a ledger without a limit of delta": (
+        durable("epsilon_lifetime = 9.0"), "policy.delta_lifetime: missing: data.ledger outlives"
+    ),
+    "a ledger without any limit": (durable(""), "policy.epsilon_lifetime: missing"),
+    "a ledger for a run that is not private": (
+        {"run.toml": with_option("data", 'ledger = "home"\ndataset_id = "a"')["run.toml"]},
+        'data.ledger: no budget pays for privacy.mechanism = "none"',
+    ),
+    "a ledger without a name": (durable(LIMITS, 'ledger = ""\ndataset_id = "a"'), "data.ledger"),
+    "a ledger that is a number": (
+        durable(LIMITS, 'ledger = 3\ndataset_id = "a"'), "data.ledger = 3: must be a valid string"
+    ),
+    "an account that is a path": (
+        with_option("data", 'dataset_id = "../a"'), 'data.dataset_id = "../a": must match'
+    ),
+    "an account without a name": (with_option("data", 'dataset_id = ""'), 'data.dataset_id = ""'),
+    "limits that are none": (
+        durable("epsilon_lifetime = 0.0\ndelta_lifetime = 1e-4"),
+        "policy.epsilon_lifetime = 0.0: must be > 0",
+    ),
+    "a limit of delta that is none": (
+        durable("epsilon_lifetime = 9.0\ndelta_lifetime = 1.0"), "policy.delta_lifetime = 1.0"
+    ),
+    "a limit that is endless": (
+        durable("epsilon_lifetime = inf\ndelta_lifetime = 1e-4"), "policy.epsilon_lifetime"
+    ),
+    "an unknown limit": (durable("epsilon_lifetme = 9.0"), 'did you mean "epsilon_lifetime"?'),
+    "an unknown composition": (
+        durable(LIMITS + '\ncomposition = "aditon"'), 'did you mean "addition"?'
+    ),
+    "a composition that is not valid across runs": (
+        durable(LIMITS + '\ncomposition = "pld"'), "must be 'addition' or 'rdp'"
+    ),
+    "a filter without a limit": (
+        {"run.toml": CONFIG + '[policy]\ncomposition = "rdp"\n'}, "policy.epsilon_lifetime: missing"
+    ),
+    "evaluation every -1 rounds": (evaluation("every = -1"), "evaluation.every = -1: must be >= 0"),
+    "evaluation every half a round": (evaluation("every = 0.5"), "evaluation.every = 0.5"),
+    "evaluation by 99 samples": (
+        evaluation("samples = 99"), "evaluation.samples = 99: must be >= 100"
+    ),
+    "evaluation by too many samples": (
+        evaluation("samples = 1000001"), "evaluation.samples = 1000001: must be <= "
+    ),
+    "an unknown option of evaluation": (evaluation("evry = 3"), 'did you mean "every"?'),
+    "a training share of all": (
+        evaluation("training_share = 1.0"), "evaluation.training_share = 1.0: must be < 1"
+    ),
+    "a training share below 0": (
+        evaluation("training_share = -0.1"), "evaluation.training_share = -0.1: must be >= 0"
+    ),
+    "a training share without a holdout": (
+        {
+            "run.toml": CONFIG.replace("records = 100\n", "records = 100\nholdout = 0.0\n")
+            + "[evaluation]\ntraining_share = 0.1\n"
+        },
+        "evaluation.training_share = 0.1: needs records to hold the figures against",
+    ),
     "zero sites": (changed("sites = 2", "sites = 0"), "federation.sites = 0: must be >= 1"),
     "half a site": (changed("sites = 2", "sites = 2.5"), "federation.sites"),
     "zero rounds": (changed("rounds = 2", "rounds = 0"), "federation.rounds = 0: must be >= 1"),
@@ -363,6 +447,64 @@ class TestSimulate:
         before = sorted(tmp_path.rglob("*"))
         assert_refused(call("simulate", "run.toml", "--out", out), f"--out {out}")
         assert sorted(tmp_path.rglob("*")) == before
+
+    def test_the_fewest_samples_make_no_noise_of_a_library(
+        self, call: Call, tmp_path: Path
+    ) -> None:
+        lay(tmp_path, evaluation("samples = 100"))
+        code, out, err = call("simulate", "run.toml", "--out", "run", "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["evaluated"]["evaluations"] == 2
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            (
+                "epsilon_lifetime = 0.5",
+                "site-001: account fedveil/record/training: epsilon 0 of 0.5 is spent",
+            ),
+            (
+                "delta_lifetime = 1e-9",
+                "site-001: account fedveil/record/training: delta 0 of 1e-09 is spent",
+            ),
+            ('epsilon_lifetime = 3.1\ncomposition = "rdp"', "site-001: account fedveil/record/"),
+        ],
+    )
+    def test_a_run_beyond_its_own_policy(
+        self, call: Call, tmp_path: Path, line: str, said: str
+    ) -> None:
+        """It is no wrong configuration, but a run that the sites refuse: nothing has run."""
+        text = CONFIG.replace('mechanism = "none"', "sampling_rate = 1.0")
+        lay(tmp_path, {"run.toml": f"{text}[policy]\n{line}\n"})
+        assert_refused(call("simulate", "run.toml", "--out", "run"), said, codes=(1,))
+        assert not list(tmp_path.glob("run/events.jsonl"))
+        assert not list(tmp_path.glob("run/sites/*/cleaning.json"))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("site-001.sqlite", b"garbage" * 99, "site-001.sqlite: file is not a database"),
+            ("site-002.sqlite", b"", "site-002.sqlite: is no ledger"),
+            ("site-002.SIMULATED-split.key", b"00" * 32, "site-002.sqlite: is missing"),
+            ("site-001.SIMULATED-split.key", b"", "site-001.sqlite: is missing"),
+        ],
+    )
+    def test_a_home_of_ledgers_that_is_damaged(
+        self, call: Call, tmp_path: Path, name: str, content: bytes, said: str
+    ) -> None:
+        lay(tmp_path, durable(LIMITS))
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / name).write_bytes(content)
+        assert_refused(call("simulate", "run.toml", "--out", "run"), said, codes=(1,))
+        assert (tmp_path / "home" / name).read_bytes() == content
+        assert not list(tmp_path.glob("run/events.jsonl"))
+
+    @pytest.mark.parametrize("home", ["data.csv", "data.csv/home", "/proc/home"])
+    def test_a_home_of_ledgers_that_cannot_be(self, call: Call, tmp_path: Path, home: str) -> None:
+        lay(tmp_path, durable(LIMITS, f'ledger = "{home}"\ndataset_id = "a"'))
+        result = call("simulate", "run.toml", "--out", "run")
+        assert_refused(result, Path(home).name, codes=(1, 2))
+        assert (tmp_path / "data.csv").read_text(encoding="utf-8") == TABLE
 
     def test_accountants_that_disagree(
         self, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -14,6 +15,8 @@ import fedveil
 from fedveil import api as api_module
 from fedveil import cli
 from fedveil.config import FedveilError
+from fedveil.data_prep import modality
+from fedveil.data_prep.tabular import breast_cancer_schema
 from fedveil.export import read_provenance
 
 HEAVY = ("torch", "flwr", "sklearn", "scipy", "matplotlib", "opacus", "polars", "numpy")
@@ -78,6 +81,12 @@ def process(*arguments: object, cwd: Path) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def fields(text: str) -> dict[str, str]:
+    """Lines by their first word, where it is a name and blanks follow."""
+    lines = (line.partition(" ") for line in text.splitlines())
+    return {name: rest.strip() for name, blank, rest in lines if blank and name.islower()}
+
+
 def script() -> Path:
     """The console script of this environment."""
     return Path(sys.executable).parent / "fedveil"
@@ -90,7 +99,7 @@ class TestStart:
         result = process(*command, "--help", cwd=tmp_path)
         assert result.code == 0
         assert result.err == ""
-        for word in ("simulate", "sample", "init", "--version", "--debug"):
+        for word in ("simulate", "sample", "evaluate", "init", "ledger", "--version", "--debug"):
             assert word in result.out
         assert "Usage: fedveil" in result.out
 
@@ -152,6 +161,17 @@ class TestSimulate:
         assert "mechanism central" in result.out
         assert "Protects one record against everyone but the server" in result.out
 
+    def test_a_summary_tells_the_figures_with_their_noise(
+        self, call: Call, finished_run: fedveil.Run, monkeypatch: pytest.MonkeyPatch, tiny: Path
+    ) -> None:
+        monkeypatch.setattr(api_module, "simulate", lambda *_, **__: finished_run)
+        told = fields(call("simulate", tiny).out)
+        quality = finished_run.metrics["quality"]
+        assert quality.keys() == {"loss", "one_way_tv", "tstr_accuracy_mlp"}
+        for name, figure in quality.items():
+            floor = f" (floor {figure['floor']:.4f})" if "floor" in figure else ""
+            assert told[name] == f"{figure['value']:.4f} +- {figure['noise']:.4f}{floor}"
+
     def test_settings_win(self, call: Call, tiny: Path, tmp_path: Path) -> None:
         result = call(
             "simulate", tiny, "--set", "federation.sites=3", "--set", "federation.name=other",
@@ -203,6 +223,232 @@ class TestSimulate:
         )
         (folder / "tiny.toml").write_text(text, encoding="utf-8")
         assert call("simulate", "deep/tiny.toml", "--dry-run").code == 0
+
+
+class Interrupted(Exception):  # noqa: N818  it stands for Ctrl-C
+    """Raised by whoever watches a run."""
+
+
+@pytest.fixture
+def cut_off(tiny: Path, tmp_path: Path) -> Path:
+    """The folder of a run of three rounds that was cut off after the first."""
+    tiny.write_text(TINY.replace("rounds = 1", "rounds = 3"), encoding="utf-8")
+
+    def stop(event: dict[str, object]) -> None:
+        if event["event"] == "round":
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fedveil.simulate(tiny, out=tmp_path / "run", observe=stop)
+    return tmp_path / "run"
+
+
+class TestResume:
+    def test_ctrl_c_says_how_to_go_on(
+        self, call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*arguments: object, **options: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(api_module, "simulate", stop)
+        result = call("simulate", tiny, "--out", "run", "--json")
+        assert (result.code, result.out) == (130, "")
+        assert f"`fedveil simulate {tiny} --out run --resume` and the same --set" in result.err
+        assert "all of the plan counts as spent" in result.err
+        assert len(result.err.splitlines()) == 1
+
+    def test_it_also_names_a_folder_that_was_chosen_for_the_user(
+        self, call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[object] = []
+
+        def stop(*arguments: object, **options: object) -> None:
+            asked.append(options["out"])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(api_module, "simulate", stop)
+        result = call("simulate", tiny)
+        assert f"--out {asked[0]} --resume" in result.err
+
+    def test_it_goes_on_and_says_from_where(self, call: Call, tiny: Path, cut_off: Path) -> None:
+        result = call("simulate", tiny, "--out", cut_off, "--resume", "--json")
+        assert result.code == 0, result.err
+        metrics = json.loads(result.out)
+        assert (metrics["rounds"], metrics["steps"]) == (3, 3)
+        assert "resumed after round 1\n" in result.err
+        assert "cut off" not in result.err
+
+    def test_a_round_that_was_asked_for_and_lost_is_told(
+        self, call: Call, tiny: Path, cut_off: Path
+    ) -> None:
+        """As after a crash between the asking and the checkpoint."""
+        note = cut_off / "checkpoint" / "asked.json"
+        asked = json.loads(note.read_text(encoding="utf-8"))
+        assert asked["round"] == 1
+        note.write_text(json.dumps(asked | {"round": 2}), encoding="utf-8")
+        result = call("simulate", tiny, "--out", cut_off, "--resume", "--json")
+        assert result.code == 0, result.err
+        assert "resumed after round 1; round 2 was cut off and counts as spent\n" in result.err
+        metrics = json.loads(result.out)
+        assert (metrics["rounds"], metrics["steps"]) == (3, 2)
+
+    def test_a_damaged_checkpoint_is_told(self, call: Call, tiny: Path, cut_off: Path) -> None:
+        last = max((cut_off / "checkpoint").glob("*.safetensors"))
+        last.write_bytes(last.read_bytes()[:-7])
+        result = call("simulate", tiny, "--out", cut_off, "--resume", "--json")
+        assert result.code == 0, result.err
+        lines = result.err.splitlines()
+        assert [line for line in lines if last.name in line and "checkpoint before" in line]
+        assert "resumed after round 0; round 1 was cut off and counts as spent" in lines
+        assert json.loads(result.out)["steps"] == 2
+
+    def test_a_finished_run_is_told_again(self, call: Call, tiny: Path) -> None:
+        first = call("simulate", tiny, "--out", "run", "--json")
+        again = call("simulate", tiny, "--out", "run", "--resume", "--json")
+        assert (again.code, again.err) == (0, "")
+        assert json.loads(again.out) == json.loads(first.out)
+
+    def test_it_needs_a_folder(self, call: Call, tiny: Path, tmp_path: Path) -> None:
+        result = call("simulate", tiny, "--resume")
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("error: --resume: needs --out")
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+    def test_another_setting_is_a_wrong_call(self, call: Call, tiny: Path, cut_off: Path) -> None:
+        result = call(
+            "simulate", tiny, "--out", cut_off, "--resume", "--set", "federation.rounds=5"
+        )
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("error: federation.rounds = 5: the run in ")
+        assert len(result.err.splitlines()) == 1
+
+    def test_a_folder_without_a_run_is_a_wrong_call(
+        self, call: Call, tiny: Path, tmp_path: Path
+    ) -> None:
+        result = call("simulate", tiny, "--out", tmp_path, "--resume")
+        assert (result.code, result.out) == (2, "")
+        assert "holds no run" in result.err
+
+    def test_without_it_a_folder_in_use_is_refused_and_it_is_offered(
+        self, call: Call, tiny: Path, cut_off: Path
+    ) -> None:
+        result = call("simulate", tiny, "--out", cut_off)
+        assert (result.code, result.out) == (2, "")
+        assert "is not empty" in result.err
+        assert "--resume" in result.err
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A table of one's own: thirty records."""
+    schema = breast_cancer_schema()
+    frame = modality(schema).read("sklearn:breast_cancer", schema).head(30)
+    frame.write_csv(tmp_path / "mine.csv")
+    return tmp_path / "mine.csv"
+
+
+class TestEvaluate:
+    def test_a_table_beside_the_accounted_figures(
+        self, call: Call, finished_table_run: fedveil.Run, mine: Path
+    ) -> None:
+        result = call("evaluate", finished_table_run.path, "--data", mine)
+        assert (result.code, result.err) == (0, "")
+        first, *lines = result.out.splitlines()
+        assert first == f"NOT PRIVATE: exact figures of 30 records in {mine}"
+        found = finished_table_run.evaluate(mine)["figures"]
+        told = fields("\n".join(lines))
+        assert told.keys() == found.keys() == finished_table_run.metrics["quality"].keys()
+        for name, value in found.items():
+            accounted = finished_table_run.metrics["quality"][name]
+            exact, _, beside = told[name].partition("in the run:")
+            assert exact.strip() == f"{value:.4f}"
+            assert f"{accounted['value']:.4f} +- {accounted['noise']:.4f}" in beside
+
+    def test_as_json(self, call: Call, finished_table_run: fedveil.Run, mine: Path) -> None:
+        result = call("evaluate", finished_table_run.path, "--data", mine, "--json")
+        assert (result.code, result.err) == (0, "")
+        assert len(result.out.splitlines()) == 1
+        assert json.loads(result.out) == {
+            "private": False,
+            "records": 30,
+            "figures": finished_table_run.evaluate(mine)["figures"],
+            "run_id": finished_table_run.metrics["run_id"],
+        }
+
+    @pytest.mark.parametrize("name", ["gone.csv", "gone.parquet", "gone"])
+    def test_a_wrong_path(
+        self,
+        call: Call,
+        finished_run: fedveil.Run,
+        finished_table_run: fedveil.Run,
+        name: str,
+    ) -> None:
+        for run in (finished_run, finished_table_run):
+            result = call("evaluate", run.path, "--data", name, "--json")
+            assert (result.code, result.out) == (2, "")
+            assert result.err.startswith("error: ")
+            assert name in result.err
+            assert len(result.err.splitlines()) == 1
+
+    def test_an_error_names_the_option_that_was_given(
+        self, call: Call, finished_table_run: fedveil.Run
+    ) -> None:
+        result = call("evaluate", finished_table_run.path, "--data", "gone.csv")
+        assert result.err.startswith("error: --data gone.csv: ")
+
+    def test_the_wrong_modality(self, call: Call, finished_run: fedveil.Run, mine: Path) -> None:
+        result = call("evaluate", finished_run.path, "--data", mine)
+        assert (result.code, result.out) == (2, "")
+        assert "mine.csv: is no .npz file and no folder" in result.err
+
+    def test_images_for_a_table(
+        self, call: Call, finished_table_run: fedveil.Run, tmp_path: Path
+    ) -> None:
+        np.savez(tmp_path / "mine.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(3))
+        result = call("evaluate", finished_table_run.path, "--data", "mine.npz")
+        assert (result.code, result.out) == (2, "")
+        assert "mine.npz" in result.err
+
+    @pytest.mark.parametrize(
+        ("content", "named"),
+        [
+            ("", "mine.csv"),
+            ("a,b\n1,2\n", '"mean_radius" is missing'),
+            (None, "holds no records"),
+        ],
+    )
+    def test_data_that_cannot_be_used(
+        self,
+        call: Call,
+        finished_table_run: fedveil.Run,
+        mine: Path,
+        content: str | None,
+        named: str,
+    ) -> None:
+        if content is None:  # the header alone
+            content = mine.read_text(encoding="utf-8").splitlines()[0] + "\n"
+        mine.write_text(content, encoding="utf-8")
+        result = call("evaluate", finished_table_run.path, "--data", mine)
+        assert (result.code, result.out) == (2, "")
+        assert named in result.err
+        assert len(result.err.splitlines()) == 1
+
+    def test_a_column_that_is_wrong_throughout(
+        self, call: Call, finished_table_run: fedveil.Run, mine: Path
+    ) -> None:
+        frame = pl.read_csv(mine).with_columns(diagnosis=pl.lit("unknown"))
+        frame.write_csv(mine)
+        result = call("evaluate", finished_table_run.path, "--data", mine)
+        assert (result.code, result.out) == (2, "")
+        assert 'column "diagnosis"' in result.err
+
+    def test_no_run(self, call: Call, tmp_path: Path, mine: Path) -> None:
+        result = call("evaluate", tmp_path / "gone", "--data", mine)
+        assert (result.code, result.out) == (1, "")
+        assert "metrics.json" in result.err
+
+    def test_no_data(self, call: Call, finished_run: fedveil.Run) -> None:
+        assert call("evaluate", finished_run.path).code == 2
 
 
 class TestSample:

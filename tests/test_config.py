@@ -18,6 +18,7 @@ from fedveil.config import (
     ConfigError,
     FedveilError,
     MechanismName,
+    Policy,
     RunConfig,
     StrategyName,
     UnitName,
@@ -119,6 +120,61 @@ def refusal(raw: dict[str, Any]) -> str:
         ),
         ("privacy", "epsilonn", 3, 'privacy.epsilonn: unknown key; did you mean "epsilon"?'),
         ("model", "latnt", 3, 'model.latnt: unknown key; did you mean "latent"?'),
+        ("privacy", "epsilon_holdout", 0, "privacy.epsilon_holdout = 0: must be > 0"),
+        ("privacy", "epsilon_holdout", -1, "privacy.epsilon_holdout = -1: must be > 0"),
+        ("privacy", "epsilon_holdout", 101, "privacy.epsilon_holdout = 101: must be <= 100"),
+        (
+            "privacy",
+            "epsilon_holdout",
+            float("nan"),
+            "privacy.epsilon_holdout = NaN: must be a finite number",
+        ),
+        ("evaluation", "every", -1, "evaluation.every = -1: must be >= 0"),
+        ("evaluation", "every", 0.5, "evaluation.every = 0.5: must be a valid integer"),
+        ("evaluation", "every", True, "evaluation.every = true: must be a valid integer"),
+        ("evaluation", "samples", 99, "evaluation.samples = 99: must be >= 100"),
+        ("evaluation", "samples", 10**7, "evaluation.samples = 10000000: must be <= 1e+06"),
+        ("evaluation", "training_share", 1, "evaluation.training_share = 1: must be < 1"),
+        ("evaluation", "training_share", -0.1, "evaluation.training_share = -0.1: must be >= 0"),
+        ("evaluation", "evry", 3, 'evaluation.evry: unknown key; did you mean "every"?'),
+        ("policy", "epsilon_lifetime", 0, "policy.epsilon_lifetime = 0: must be > 0"),
+        (
+            "policy",
+            "epsilon_lifetime",
+            float("inf"),
+            "policy.epsilon_lifetime = Infinity: must be a finite number",
+        ),
+        ("policy", "delta_lifetime", 0, "policy.delta_lifetime = 0: must be > 0"),
+        ("policy", "delta_lifetime", 1, "policy.delta_lifetime = 1: must be < 1"),
+        (
+            "policy",
+            "composition",
+            "aditon",
+            (
+                "policy.composition = \"aditon\": must be 'addition' or 'rdp'; "
+                'did you mean "addition"?'
+            ),
+        ),
+        # Within one plan only: across runs that are chosen adaptively it is no valid composition.
+        (
+            "policy",
+            "composition",
+            "pld",
+            "policy.composition = \"pld\": must be 'addition' or 'rdp'",
+        ),
+        (
+            "policy",
+            "epsilon_lifetme",
+            3,
+            'policy.epsilon_lifetme: unknown key; did you mean "epsilon_lifetime"?',
+        ),
+        ("data", "ledger", 3, "data.ledger = 3: must be a valid string"),
+        (
+            "data",
+            "ledger",
+            "home",
+            "data.dataset_id: missing: data.ledger needs the name of the account",
+        ),
         # The file's name for it is `schema`; the attribute's name is none of the user's business.
         ("data", "schema_file", "s.toml", 'data.schema_file: unknown key; did you mean "schema"?'),
     ],
@@ -192,6 +248,74 @@ def test_a_column_with_its_partition_is_fine() -> None:
     assert config(data={"partition": "column", "column": "x"}).data.column == "x"
 
 
+@pytest.mark.parametrize("name", ["", "../cardiology", "a b", "a\n", ".hidden", "ä", "a/b"])
+def test_an_account_has_a_plain_name(name: str) -> None:
+    line = refusal(raw_config(data={"dataset_id": name}))
+    assert line.startswith(f"data.dataset_id = {json.dumps(name, ensure_ascii=False)}: must match ")
+
+
+def durable(**sections: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with a ledger that outlives its run; each keyword's options win."""
+    raw = raw_config(
+        data={"ledger": "/srv/ledger", "dataset_id": "cardiology-2026"},
+        policy={"epsilon_lifetime": 10.0, "delta_lifetime": 1e-4},
+    )
+    for section, options in sections.items():
+        raw.setdefault(section, {}).update(options)
+    return raw
+
+
+class TestALedgerThatOutlivesItsRun:
+    def test_is_fine_with_an_account_and_limits(self) -> None:
+        found = validated(RunConfig, durable())
+        assert found.data.ledger == "/srv/ledger"
+        assert found.dataset_id == "cardiology-2026"
+        assert found.lifetime == (10.0, 1e-4)
+
+    @pytest.mark.parametrize("name", ["epsilon_lifetime", "delta_lifetime"])
+    def test_needs_both_limits(self, name: str) -> None:
+        """The default, this run's own budget, would grow with every run that asks for more."""
+        raw = durable()
+        del raw["policy"][name]
+        assert refusal(raw) == (
+            f"policy.{name}: missing: data.ledger outlives this run, so say what all runs together "
+            "may spend"
+        )
+
+    def test_pays_for_nothing_that_has_no_price(self) -> None:
+        assert refusal(durable(privacy={"mechanism": "none"})) == (
+            'data.ledger: no budget pays for privacy.mechanism = "none"; leave data.ledger out'
+        )
+
+    def test_has_a_name(self) -> None:
+        assert refusal(durable(data={"ledger": ""})).startswith('data.ledger = "": must')
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_filter_needs_a_limit_of_its_own(mechanism: str) -> None:
+    """In Renyi terms a run costs more than its plan: its own budget would not admit it."""
+    raw = raw_config(privacy={"mechanism": mechanism}, policy={"composition": "rdp"})
+    assert refusal(raw).startswith("policy.epsilon_lifetime: missing: policy.composition = ")
+    raw["policy"]["epsilon_lifetime"] = 5.0
+    assert validated(RunConfig, raw).lifetime == (5.0, 1e-5)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("every", [None, 0, 3])
+def test_figures_of_training_records_need_held_out_ones(mechanism: str, every: int | None) -> None:
+    raw = raw_config(
+        data={"holdout": 0.0},
+        privacy={"mechanism": mechanism},
+        evaluation={"every": every, "training_share": 0.1},
+    )
+    assert refusal(raw) == (
+        "evaluation.training_share = 0.1: needs records to hold the figures against; "
+        "set data.holdout > 0"
+    )
+    raw["evaluation"]["training_share"] = 0.0
+    assert validated(RunConfig, raw).evaluations == 0
+
+
 def test_a_value_with_a_line_break_still_gives_one_line() -> None:
     assert refusal(raw_config(model={"family": "a\nb"})).startswith('model.family = "a\\nb"')
 
@@ -241,10 +365,13 @@ def test_paths_in_the_file_are_relative_to_it(
     monkeypatch.chdir(tmp_path / "elsewhere")
     path = write_file(
         "runs/run.toml",
-        '[data]\nsource = "../adult.csv"\nschema = "adult.toml"\n[model]\nfamily = "vae"\n',
+        '[data]\nsource = "../adult.csv"\nschema = "adult.toml"\nledger = "../home"\n'
+        'dataset_id = "adult"\n[model]\nfamily = "vae"\n'
+        "[policy]\nepsilon_lifetime = 9.0\ndelta_lifetime = 1e-4\n",
     )
     data = load_config(path).data
     assert data.source == str(tmp_path / "adult.csv")
+    assert data.ledger == str(tmp_path / "home")
     assert data.schema_file == str(tmp_path / "runs" / "adult.toml")
 
 
@@ -255,8 +382,17 @@ def test_paths_in_settings_are_relative_to_the_working_directory(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     path = write_file("runs/run.toml", SMALL + "\n")
-    data = load_config(path, {"data.source": "mine.csv", "data.schema": "mine.toml"}).data
+    settings = {
+        "data.source": "mine.csv",
+        "data.schema": "mine.toml",
+        "data.ledger": "home",
+        "data.dataset_id": "mine",
+        "policy.epsilon_lifetime": 9,
+        "policy.delta_lifetime": 1e-4,
+    }
+    data = load_config(path, settings).data
     assert data.source == str(tmp_path / "elsewhere" / "mine.csv")
+    assert data.ledger == str(tmp_path / "elsewhere" / "home")
     assert data.schema_file == str(tmp_path / "elsewhere" / "mine.toml")
 
 
@@ -406,6 +542,74 @@ def test_more_than_half_the_sites_must_reply(sites: int, replies: int) -> None:
     assert config(federation={"sites": sites}).min_replies == replies
 
 
+@pytest.mark.parametrize(
+    ("rounds", "every", "in_force", "evaluations"),
+    [
+        # After rounds 50, 100 and 150, and at the end.
+        (200, None, 50, 4),
+        # A quarter of 10 is 2.5, so every third: after 3, 6 and 9, and at the end.
+        (10, None, 3, 4),
+        (2, None, 1, 2),
+        (1, None, 1, 1),
+        (10, 0, 0, 1),
+        (10, 1, 1, 10),
+        (10, 5, 5, 2),  # after the tenth round is the end
+        (10, 9, 9, 2),
+        (10, 10, 10, 1),
+        (10, 99, 99, 1),
+    ],
+)
+def test_evaluations_are_every_so_many_rounds_and_at_the_end(
+    rounds: int, every: int | None, in_force: int, evaluations: int
+) -> None:
+    chosen = config(federation={"rounds": rounds}, evaluation={"every": every})
+    assert (chosen.evaluate_every, chosen.evaluations) == (in_force, evaluations)
+
+
+@given(st.integers(1, 300), st.none() | st.integers(0, 400))
+def test_there_are_as_many_evaluations_as_rounds_that_are_due(
+    rounds: int, every: int | None
+) -> None:
+    chosen = config(federation={"rounds": rounds}, evaluation={"every": every})
+    due = [n for n in range(1, rounds) if chosen.evaluate_every and n % chosen.evaluate_every == 0]
+    assert chosen.evaluations == len(due) + 1
+
+
+def test_nothing_is_evaluated_where_nothing_is_held_out() -> None:
+    assert config(data={"holdout": 0.0}, evaluation={"every": 1}).evaluations == 0
+
+
+def test_epsilon_of_the_holdout_by_default() -> None:
+    assert config(privacy={"epsilon": 2.5}).epsilon_holdout == 2.5
+    assert config(privacy={"epsilon": 2.5, "epsilon_holdout": 0.5}).epsilon_holdout == 0.5
+
+
+def test_the_account_by_default_has_the_runs_name() -> None:
+    assert config().dataset_id == "fedveil"
+    assert config(federation={"name": "digits"}).dataset_id == "digits"
+    named = config(federation={"name": "digits"}, data={"dataset_id": "cardiology-2026"})
+    assert named.dataset_id == "cardiology-2026"
+
+
+@pytest.mark.parametrize(
+    ("privacy", "policy", "lifetime"),
+    [
+        ({"epsilon": 2.0}, {}, (2.0, 1e-5)),
+        # No record is on two sides: the dearer account is what one of them may cost.
+        ({"epsilon": 2.0, "epsilon_holdout": 3.0}, {}, (3.0, 1e-5)),
+        ({"epsilon": 2.0, "epsilon_holdout": 0.5, "delta": 1e-6}, {}, (2.0, 1e-6)),
+        ({"epsilon": 2.0}, {"epsilon_lifetime": 7.0, "delta_lifetime": 1e-4}, (7.0, 1e-4)),
+        ({"epsilon": 2.0}, {"delta_lifetime": 1e-4}, (2.0, 1e-4)),
+        ({"mechanism": "none"}, {}, (None, 1e-5)),
+        ({"mechanism": "none"}, {"epsilon_lifetime": 7.0}, (7.0, 1e-5)),
+    ],
+)
+def test_the_lifetime_by_default_is_this_runs_budget(
+    privacy: dict[str, Any], policy: dict[str, Any], lifetime: tuple[float | None, float]
+) -> None:
+    assert config(privacy=privacy, policy=policy).lifetime == lifetime
+
+
 def test_records_of_built_in_sources_are_known_and_of_others_asked_for() -> None:
     assert config().records == 1797
     assert config(data={"source": "sklearn:breast_cancer"}).records == 569
@@ -436,19 +640,55 @@ def test_resolved_writes_the_derived_values_in() -> None:
     assert found.privacy.delta == 1e-5
     assert found.privacy.sampling_rate == pytest.approx(512 / 1617.3)
     assert found.aggregation.strategy == "adam"
+    assert found.data.dataset_id == "fedveil"
+    assert found.privacy.epsilon_holdout == 3.0
+    assert found.evaluation.every == 50
+    assert (found.policy.epsilon_lifetime, found.policy.delta_lifetime) == (3.0, 1e-5)
+
+
+# shared().
+
+
+def test_what_is_each_sites_own_is_not_shared() -> None:
+    """The server and the other sites learn nothing of a site's policy or of where its ledger is."""
+    own = validated(RunConfig, durable(policy={"composition": "rdp", "epsilon_lifetime": 6.25}))
+    shared = own.resolved().shared()
+    assert shared.policy == Policy()
+    assert shared.data.ledger is None
+    text = shared.model_dump_json(by_alias=True)
+    assert not any(told in text for told in ("6.25", "/srv/ledger", "rdp"))
+    assert RunConfig.model_validate_json(text) == shared
+
+
+@pytest.mark.parametrize("limit", [5.0, 20.0])
+def test_runs_that_differ_in_a_policy_only_are_shared_alike(limit: float) -> None:
+    own, other = (
+        validated(RunConfig, durable(policy={"epsilon_lifetime": e})) for e in (10.0, limit)
+    )
+    assert own.shared() == other.shared()
+    changed = validated(RunConfig, durable(privacy={"epsilon": 2.0}))
+    assert changed.shared() != own.shared()
+
+
+# Properties.
 
 
 runs = st.builds(
-    lambda mechanism, sites, records, holdout, epsilon: config(
+    lambda mechanism, sites, records, holdout, epsilon, held_out, every, limit: config(
         federation={"sites": sites},
         data={"records": records, "holdout": holdout},
-        privacy={"mechanism": mechanism, "epsilon": epsilon},
+        privacy={"mechanism": mechanism, "epsilon": epsilon, "epsilon_holdout": held_out},
+        evaluation={"every": every},
+        policy={"epsilon_lifetime": limit},
     ),
     st.sampled_from(MECHANISMS),
     st.integers(1, 50),
     st.none() | st.integers(1, 10**9),
     st.floats(0, 0.99),
     st.floats(0.01, 100),
+    st.none() | st.floats(0.01, 100),
+    st.none() | st.integers(0, 300),
+    st.none() | st.floats(0.01, 1000),
 )
 
 
@@ -458,9 +698,12 @@ def test_resolving_changes_nothing_in_force_and_nothing_twice(run: RunConfig) ->
     assert once.resolved() == once
     for name in (
         "strategy", "records", "training_records", "delta", "sampling_rate", "learning_rate",
-        "min_replies",
+        "min_replies", "epsilon_holdout", "evaluate_every", "evaluations", "dataset_id", "lifetime",
     ):  # fmt: skip
         assert getattr(once, name) == getattr(run, name)
+    assert once.shared().shared() == once.shared()
+    for name in ("records", "delta", "sampling_rate", "epsilon_holdout", "evaluations"):
+        assert getattr(once.shared(), name) == getattr(run, name)
 
 
 @given(runs)

@@ -19,19 +19,24 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "cli": EVERYTHING,
     "api": EVERYTHING,
     "run": EVERYTHING,
+    "ledgers": EVERYTHING,
     "export": EVERYTHING,
     "reference": ("config",),
     "config": (),
+    "files": (),
     "flower": (),
     "wire": ("config", "flower"),
-    "privacy": ("privacy", "config"),
+    "privacy": ("privacy", "config", "files"),
     "privacy.audit": EVERYTHING,
     "data_prep": ("data_prep", "config"),
     "models": ("models", "data_prep.schema", "data_prep.queries", "config"),
     "client": ("client", "models", "privacy", "data_prep", "wire", "config", "flower"),
-    "server": ("server", "models", "privacy", "data_prep.schema", "wire", "config", "flower"),
+    "server": (
+        "server", "models", "privacy", "data_prep.schema", "wire", "config", "files", "flower",
+    ),
     "server.simulation": (
-        "server", "client", "models", "privacy", "data_prep", "wire", "config", "flower",
+        "server", "client", "models", "privacy", "data_prep", "wire", "config", "files",
+        "flower",
     ),
 }  # fmt: skip
 """By the longest prefix of a module's name within the package."""

@@ -5,7 +5,9 @@ import math
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from fedveil.flower import (
     set_identity,
 )
 from fedveil.wire import (
+    NO_LEDGER,
     TRAIN,
     Refusal,
     Refused,
@@ -37,12 +40,27 @@ from fedveil.wire import (
 
 PLANTED = "PATIENT-4711"
 WEIGHTS = np.array([[1.5, -2.0]], dtype=np.float32)
-TASK = Task("run", 3, "{}", "{}", {"w": WEIGHTS})
-UPDATE = Update("run", 3, {"w": WEIGHTS})
+HEAD = (7, "0123456789abcdef" * 4)
+SUMS = np.array([0.1, 3.0])
+TASK = Task(
+    run_id="run",
+    round=3,
+    evaluation=2,
+    config="{}",
+    schema="{}",
+    arrays={"w": WEIGHTS},
+    released={"w": 2 * WEIGHTS},
+    exam={"e": SUMS},
+    ledger=HEAD,
+)
+UPDATE = Update("run", 3, 2, {"w": WEIGHTS}, {"s": SUMS}, HEAD)
 LITTLE = "little-endian"
 
 identifiers = st.text(max_size=20)
 rounds = st.integers(-(2**62), 2**62)
+heads = st.just(NO_LEDGER) | st.tuples(
+    st.integers(1, 2**62), st.text("0123456789abcdef", min_size=64, max_size=64)
+)
 arrays: st.SearchStrategy[dict[str, np.ndarray]] = st.dictionaries(
     st.text(min_size=1, max_size=10),
     hnp.arrays(
@@ -82,6 +100,17 @@ def npz(**named: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+TASK_PARTS = ("arrays", "released", "exam")
+UPDATE_PARTS = ("arrays", "sums")
+MessageT = TypeVar("MessageT", Task, Update)
+
+
+def with_part(message: MessageT, part: str, named: dict[str, np.ndarray]) -> MessageT:
+    """A message with other arrays in one of its parts."""
+    change: dict[str, Any] = {part: named}
+    return replace(message, **change)
+
+
 def assert_same(got: object, expected: object) -> None:
     """The same keys, in whatever order, and bitwise the same arrays."""
     assert isinstance(got, dict)
@@ -94,48 +123,79 @@ def assert_same(got: object, expected: object) -> None:
 
 
 class TestRoundTrip:
-    @given(identifiers, rounds, identifiers, identifiers, arrays)
+    @given(identifiers, rounds, rounds, identifiers, identifiers, arrays, arrays, arrays, heads)
     def test_task(
-        self, run_id: str, number: int, config: str, schema: str, named: dict[str, np.ndarray]
+        self,
+        run_id: str,
+        number: int,
+        evaluation: int,
+        config: str,
+        schema: str,
+        model: dict[str, np.ndarray],
+        released: dict[str, np.ndarray],
+        exam: dict[str, np.ndarray],
+        head: tuple[int, str],
     ) -> None:
-        got = read_task(pack(Task(run_id, number, config, schema, named)))
-        assert (got.run_id, got.round, got.config, got.schema) == (run_id, number, config, schema)
-        assert_same(got.arrays, named)
+        task = Task(run_id, number, evaluation, config, schema, model, released, exam, head)
+        got = read_task(pack(task))
+        assert (got.run_id, got.round, got.evaluation) == (run_id, number, evaluation)
+        assert (got.config, got.schema, got.ledger) == (config, schema, head)
+        assert_same(got.arrays, model)
+        assert_same(got.released, released)
+        assert_same(got.exam, exam)
 
-    @given(identifiers, rounds, arrays)
-    def test_update(self, run_id: str, number: int, named: dict[str, np.ndarray]) -> None:
-        got = read_reply(reply(pack(Update(run_id, number, named))))
+    @given(identifiers, rounds, rounds, arrays, arrays, heads)
+    def test_update(
+        self,
+        run_id: str,
+        number: int,
+        evaluation: int,
+        named: dict[str, np.ndarray],
+        sums: dict[str, np.ndarray],
+        head: tuple[int, str],
+    ) -> None:
+        got = read_reply(reply(pack(Update(run_id, number, evaluation, named, sums, head))))
         assert isinstance(got, Update)
-        assert (got.run_id, got.round) == (run_id, number)
+        assert (got.run_id, got.round, got.evaluation) == (run_id, number, evaluation)
+        assert got.ledger == head
         assert_same(got.arrays, named)
+        assert_same(got.sums, sums)
 
-    @given(identifiers, rounds, st.sampled_from(Refusal))
-    def test_refusal(self, run_id: str, number: int, code: Refusal) -> None:
-        refused = Refused(run_id, number, code)
+    @given(identifiers, rounds, rounds, st.sampled_from(Refusal))
+    def test_refusal(self, run_id: str, number: int, evaluation: int, code: Refusal) -> None:
+        refused = Refused(run_id, number, evaluation, code)
         assert read_reply(reply(pack(refused))) == refused
 
     @pytest.mark.parametrize("kind", [np.float32, np.float64])
-    def test_a_single_number_keeps_its_shape(self, kind: type[np.floating]) -> None:
-        got = read_task(pack(Task("run", 1, "", "", {"w": np.array(2.5, dtype=kind)})))
-        assert_same(got.arrays, {"w": np.array(2.5, dtype=kind)})
+    @pytest.mark.parametrize("part", TASK_PARTS)
+    def test_a_single_number_keeps_its_shape(self, part: str, kind: type[np.floating]) -> None:
+        sent: dict[str, np.ndarray] = {"w": np.array(2.5, dtype=kind)}
+        got = read_task(pack(with_part(TASK, part, sent)))
+        assert_same(getattr(got, part), sent)
 
     @pytest.mark.parametrize("kind", [np.float32, np.float64])
-    def test_arrays_that_are_views(self, kind: type[np.floating]) -> None:
+    @pytest.mark.parametrize("part", TASK_PARTS)
+    def test_arrays_that_are_views(self, part: str, kind: type[np.floating]) -> None:
         columns = np.arange(6, dtype=kind).reshape(2, 3).T[::2]
-        got = read_task(pack(Task("run", 1, "", "", {"w": columns})))
-        assert got.arrays["w"].dtype == kind
-        assert np.array_equal(got.arrays["w"], columns)
+        got = getattr(read_task(pack(with_part(TASK, part, {"w": columns}))), part)
+        assert got["w"].dtype == kind
+        assert np.array_equal(got["w"], columns)
 
-    def test_a_sum_keeps_all_its_bits(self) -> None:
+    @pytest.mark.parametrize("part", UPDATE_PARTS)
+    def test_a_sum_keeps_all_its_bits(self, part: str) -> None:
         """The rounding of a sum to float32 would be a sensitivity that nobody accounted for."""
-        precise = np.array([1 + 2.0**-52, 1e300, 2.0**-1074, 0.1])
-        got = read_reply(reply(pack(Update("run", 1, {"w": precise}))))
-        assert isinstance(got, Update)
-        assert_same(got.arrays, {"w": precise})
+        precise = {"w": np.array([1 + 2.0**-52, 1e300, 2.0**-1074, 0.1])}
+        got = read_reply(reply(pack(with_part(UPDATE, part, precise))))
+        assert_same(getattr(got, part), precise)
 
     def test_both_types_in_one_message(self) -> None:
         both: dict[str, np.ndarray] = {"w": WEIGHTS, "v": WEIGHTS.astype(np.float64)}
-        assert_same(read_task(pack(Task("run", 1, "", "", both))).arrays, both)
+        assert_same(read_task(pack(replace(TASK, arrays=both))).arrays, both)
+
+    def test_a_task_without_a_part_of_it_has_no_arrays_there(self) -> None:
+        got = read_task(pack(replace(TASK, released={}, exam={}, evaluation=0)))
+        assert (got.released, got.exam) == ({}, {})
+        assert_same(got.arrays, TASK.arrays)
 
     @pytest.mark.parametrize(
         ("kind", "name", "raw"),
@@ -149,7 +209,7 @@ class TestRoundTrip:
     def test_the_bytes_on_the_wire(self, kind: str, name: str, raw: str) -> None:
         """Little-endian bytes, whatever order the array was in."""
         numbers = np.array([[1.5, -2.0, 0.1]]).astype(kind)
-        content = pack(Update("run", 1, {"w": numbers}))
+        content = pack(replace(UPDATE, arrays={"w": numbers}))
         sent = content.array_records["arrays"]["w"]
         assert (sent.dtype, tuple(sent.shape), sent.stype) == (name, (1, 3), LITTLE)
         assert sent.data == numbers.astype(raw).tobytes()
@@ -159,14 +219,32 @@ class TestRoundTrip:
         assert np.array_equal(got.arrays["w"], numbers)
 
     def test_a_refusal_travels_as_a_name_only(self) -> None:
-        content = pack(Refused("run", 1, Refusal.BUDGET))
+        content = pack(Refused("run", 1, 2, Refusal.BUDGET))
         assert list(content) == ["facts"]
-        assert content["facts"]["refused"] == "BUDGET"
+        assert dict(content["facts"]) == {
+            "run-id": "run", "round": 1, "evaluation": 2, "refused": "BUDGET",
+        }  # fmt: skip
+
+    def test_what_travels_is_these_records_and_no_other(self) -> None:
+        assert set(pack(TASK)) == {"facts", "arrays", "released", "exam"}
+        assert set(pack(UPDATE)) == {"facts", "arrays", "sums"}
+        numbers = {"run-id", "round", "evaluation", "ledger-count", "ledger-hash"}
+        assert set(pack(TASK)["facts"]) == numbers | {"config", "schema"}
+        assert set(pack(UPDATE)["facts"]) == numbers
 
 
-TASK_FACTS: dict[str, object] = {"run_id": "run", "round": 3, "config": "{}", "schema": "{}"}
-REPLY_FACTS: dict[str, object] = {"run_id": "run", "round": 3}
+LEDGER_FACTS: dict[str, object] = {"ledger_count": HEAD[0], "ledger_hash": HEAD[1]}
+NUMBERS: dict[str, object] = {"run_id": "run", "round": 3, "evaluation": 2}
+TASK_FACTS: dict[str, object] = {**NUMBERS, **LEDGER_FACTS, "config": "{}", "schema": "{}"}
+REPLY_FACTS: dict[str, object] = {**NUMBERS, **LEDGER_FACTS}
 ARRAYS = pack(UPDATE)["arrays"]
+
+
+def with_facts(message: Task | Update, record: ConfigRecord) -> RecordDict:
+    """A message that states these facts instead of its own."""
+    content = pack(message)
+    content["facts"] = record
+    return content
 
 
 def without(values: dict[str, object], name: str) -> dict[str, object]:
@@ -177,8 +255,8 @@ def without(values: dict[str, object], name: str) -> dict[str, object]:
 class TestMalformedTask:
     @pytest.mark.parametrize("name", sorted(TASK_FACTS))
     def test_missing_fact(self, name: str) -> None:
-        content = RecordDict({"facts": facts(**without(TASK_FACTS, name)), "arrays": ARRAYS})
-        with pytest.raises(WireError, match=name.replace("_", "-")):
+        content = with_facts(TASK, facts(**without(TASK_FACTS, name)))
+        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
             read_task(content)
 
     @pytest.mark.parametrize(
@@ -190,34 +268,53 @@ class TestMalformedTask:
             ("round", 3.0),
             ("round", True),
             ("round", [3]),
+            ("evaluation", "2"),
+            ("evaluation", 2.0),
+            ("evaluation", True),
             ("config", 1),
             ("config", ["{}"]),
             ("schema", b"{}"),
             ("schema", False),
+            ("ledger_count", "7"),
+            ("ledger_count", 7.0),
+            ("ledger_count", True),
+            ("ledger_hash", 7),
+            ("ledger_hash", HEAD[1].encode()),
+            ("ledger_hash", [HEAD[1]]),
         ],
     )
     def test_wrong_type(self, name: str, value: object) -> None:
-        content = RecordDict({"facts": facts(**{**TASK_FACTS, name: value}), "arrays": ARRAYS})
-        with pytest.raises(WireError, match=name.replace("_", "-")):
+        content = with_facts(TASK, facts(**{**TASK_FACTS, name: value}))
+        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
             read_task(content)
 
-    def test_foreign_fact(self) -> None:
-        content = RecordDict({"facts": facts(**TASK_FACTS, more=1), "arrays": ARRAYS})
+    @pytest.mark.parametrize("key", ["more", "refused", "epsilon", "noise-multiplier"])
+    def test_foreign_fact(self, key: str) -> None:
+        record = facts(**TASK_FACTS)
+        record[key] = "BUDGET"
         with pytest.raises(WireError, match="keys"):
-            read_task(content)
+            read_task(with_facts(TASK, record))
 
     @pytest.mark.parametrize(
         "spoil",
         [
             lambda c: c.pop("facts"),
             lambda c: c.pop("arrays"),
+            lambda c: c.pop("released"),
+            lambda c: c.pop("exam"),
             lambda c: c.update(facts=ARRAYS),
             lambda c: c.update(arrays=facts(w=1)),
+            lambda c: c.update(released=facts(w=1)),
+            lambda c: c.update(exam=facts(w=1)),
             lambda c: c.update(more=facts(w=1)),
+            lambda c: c.update(sums=ARRAYS),
             lambda c: c.clear(),
         ],
-        ids=["no facts", "no arrays", "facts are arrays", "arrays are facts", "foreign", "empty"],
-    )
+        ids=[
+            "no facts", "no arrays", "no released", "no exam", "facts are arrays",
+            "arrays are facts", "released is facts", "exam is facts", "foreign", "sums", "empty",
+        ],
+    )  # fmt: skip
     def test_wrong_records(self, spoil: Callable[[RecordDict], object]) -> None:
         content = pack(TASK)
         spoil(content)
@@ -228,51 +325,89 @@ class TestMalformedTask:
         with pytest.raises(WireError):
             read_task(pack(UPDATE))
         with pytest.raises(WireError):
-            read_task(pack(Refused("run", 1, Refusal.FAILED)))
+            read_task(pack(Refused("run", 1, 0, Refusal.FAILED)))
 
 
 class TestMalformedReply:
     @pytest.mark.parametrize("name", sorted(REPLY_FACTS))
     def test_missing_fact(self, name: str) -> None:
-        content = RecordDict({"facts": facts(**without(REPLY_FACTS, name)), "arrays": ARRAYS})
-        with pytest.raises(WireError, match=name.replace("_", "-")):
+        content = with_facts(UPDATE, facts(**without(REPLY_FACTS, name)))
+        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
             read_reply(reply(content))
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("run_id", 3), ("round", "3"), ("round", 2.5), ("round", True), ("refused", 1)],
+        [
+            ("run_id", 3),
+            ("round", "3"),
+            ("round", 2.5),
+            ("round", True),
+            ("evaluation", "2"),
+            ("evaluation", False),
+            ("ledger_count", 7.0),
+            ("ledger_count", True),
+            ("ledger_hash", 7),
+            ("ledger_hash", HEAD[1].encode()),
+        ],
     )
     def test_wrong_type(self, name: str, value: object) -> None:
-        content = RecordDict({"facts": facts(**{**REPLY_FACTS, name: value}), "arrays": ARRAYS})
-        with pytest.raises(WireError):
+        content = with_facts(UPDATE, facts(**{**REPLY_FACTS, name: value}))
+        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
             read_reply(reply(content))
 
-    @pytest.mark.parametrize("key", ["config", "loss", "num-examples", PLANTED])
+    @pytest.mark.parametrize("value", [1, b"BUDGET", True, ["BUDGET"]])
+    def test_a_refusal_of_wrong_type(self, value: object) -> None:
+        with pytest.raises(WireError, match=r"^refused: expected str"):
+            read_reply(reply(RecordDict({"facts": facts(**NUMBERS, refused=value)})))
+
+    @pytest.mark.parametrize("key", ["config", "schema", "loss", "num-examples", PLANTED])
     def test_foreign_fact(self, key: str) -> None:
-        content = RecordDict(
-            {"facts": ConfigRecord({"run-id": "run", "round": 3, key: "1"}), "arrays": ARRAYS}
-        )
-        with pytest.raises(WireError):
+        record = facts(**REPLY_FACTS)
+        record[key] = "1"
+        with pytest.raises(WireError, match="keys") as caught:
+            read_reply(reply(with_facts(UPDATE, record)))
+        assert PLANTED not in str(caught.value)
+
+    @pytest.mark.parametrize("part", UPDATE_PARTS)
+    def test_update_without_arrays_or_sums(self, part: str) -> None:
+        content = pack(UPDATE)
+        del content[part]
+        with pytest.raises(WireError, match=r"^message: expected the records facts, arrays, sums$"):
             read_reply(reply(content))
 
-    def test_update_without_arrays(self) -> None:
-        with pytest.raises(WireError, match="arrays"):
-            read_reply(reply(RecordDict({"facts": facts(**REPLY_FACTS)})))
+    @pytest.mark.parametrize("part", UPDATE_PARTS)
+    def test_facts_for_arrays_or_sums(self, part: str) -> None:
+        content = pack(UPDATE)
+        content[part] = facts(w=1)
+        with pytest.raises(WireError, match=f"^{part}: expected arrays$"):
+            read_reply(reply(content))
+
+    def test_a_task_is_no_reply(self) -> None:
+        with pytest.raises(WireError, match=r"^message: expected the records"):
+            read_reply(reply(pack(TASK)))
 
     @pytest.mark.parametrize("code", ["", "budget", "OTHER", PLANTED])
     def test_unknown_refusal(self, code: str) -> None:
-        content = RecordDict({"facts": facts(**REPLY_FACTS, refused=code)})
+        content = RecordDict({"facts": facts(**NUMBERS, refused=code)})
         with pytest.raises(WireError, match="unknown code"):
             read_reply(reply(content))
 
-    def test_a_refusal_with_arrays_is_no_message_of_ours(self) -> None:
-        content = pack(Refused("run", 3, Refusal.BUDGET))
-        content["arrays"] = ARRAYS
-        with pytest.raises(WireError):
+    @pytest.mark.parametrize("part", [*UPDATE_PARTS, "metrics"])
+    def test_a_refusal_with_arrays_is_no_message_of_ours(self, part: str) -> None:
+        content = pack(Refused("run", 3, 2, Refusal.BUDGET))
+        content[part] = ARRAYS
+        with pytest.raises(WireError, match=r"^message: expected the records facts$"):
             read_reply(reply(content))
 
-    def test_a_refusal_with_another_fact(self) -> None:
-        content = RecordDict({"facts": facts(**REPLY_FACTS, refused="BUDGET", why="records")})
+    @pytest.mark.parametrize("name", sorted(NUMBERS))
+    def test_a_refusal_without_a_number(self, name: str) -> None:
+        content = RecordDict({"facts": facts(**without(NUMBERS, name), refused="BUDGET")})
+        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
+            read_reply(reply(content))
+
+    @pytest.mark.parametrize("more", [{"why": "records"}, LEDGER_FACTS])
+    def test_a_refusal_with_another_fact(self, more: dict[str, object]) -> None:
+        content = RecordDict({"facts": facts(**NUMBERS, refused="BUDGET", **more)})
         with pytest.raises(WireError, match="keys"):
             read_reply(reply(content))
 
@@ -286,6 +421,40 @@ class TestMalformedReply:
         message = Message(Error(5, "gone"), reply_to=Message(RecordDict(), 5, TRAIN))
         with pytest.raises(WireError, match=r"^Flower error 5$"):
             read_reply(message)
+
+
+BAD_HEADS: dict[str, tuple[int, str]] = {
+    "no hash": (7, ""),
+    "no count": (0, HEAD[1]),
+    "a count below zero": (-1, HEAD[1]),
+    "capitals": (7, HEAD[1].upper()),
+    "too short": (7, HEAD[1][:-1]),
+    "too long": (7, HEAD[1] + "0"),
+    "a line more": (7, HEAD[1] + "\n"),
+    "a line before": (7, "\n" + HEAD[1]),
+    "no hexadecimal": (7, "g" * 64),
+    "other digits": (7, "\u0661" * 64),
+    "a planted text": (7, PLANTED),
+    "a planted text of the right length": (7, PLANTED.ljust(64, "0")),
+}
+
+
+class TestLedger:
+    """What a site says of its ledger is kept and printed: a count and a SHA-256, no other text."""
+
+    @pytest.mark.parametrize("kind", BAD_HEADS)
+    def test_what_is_no_head_is_refused_by_the_server(self, kind: str) -> None:
+        content = pack(replace(UPDATE, ledger=BAD_HEADS[kind]))
+        with pytest.raises(WireError, match=r"^ledger: expected a count and a SHA-256$"):
+            read_reply(reply(content))
+
+    @pytest.mark.parametrize("kind", BAD_HEADS)
+    def test_and_by_a_site(self, kind: str) -> None:
+        with pytest.raises(WireError, match=r"^ledger: expected a count and a SHA-256$"):
+            read_task(pack(replace(TASK, ledger=BAD_HEADS[kind])))
+
+    def test_no_known_ledger_is_a_head(self) -> None:
+        assert read_task(pack(replace(TASK, ledger=NO_LEDGER))).ledger == NO_LEDGER
 
 
 RAW = WEIGHTS.astype("<f4").tobytes()
@@ -323,25 +492,27 @@ BAD_ARRAYS = {
 }
 
 
-def with_array(content: RecordDict, array: Array) -> RecordDict:
-    """A message whose one array is this one."""
-    content["arrays"] = ArrayRecord({"w": array})
+def with_array(content: RecordDict, array: Array, part: str = "arrays") -> RecordDict:
+    """A message whose one array in a part of it is this one."""
+    content[part] = ArrayRecord({"w": array})
     return content
 
 
 class TestBadArrays:
+    @pytest.mark.parametrize("part", UPDATE_PARTS)
     @pytest.mark.parametrize("kind", BAD_ARRAYS)
-    def test_the_server_refuses_them(self, kind: str) -> None:
+    def test_the_server_refuses_them(self, kind: str, part: str) -> None:
         array, said = BAD_ARRAYS[kind]
         with pytest.raises(WireError, match=said) as caught:
-            read_reply(reply(with_array(pack(UPDATE), array)))
+            read_reply(reply(with_array(pack(UPDATE), array, part)))
         assert PLANTED not in str(caught.value)
 
+    @pytest.mark.parametrize("part", TASK_PARTS)
     @pytest.mark.parametrize("kind", BAD_ARRAYS)
-    def test_a_site_refuses_them_too(self, kind: str) -> None:
+    def test_a_site_refuses_them_too(self, kind: str, part: str) -> None:
         array, said = BAD_ARRAYS[kind]
         with pytest.raises(WireError, match=said):
-            read_task(with_array(pack(TASK), array))
+            read_task(with_array(pack(TASK), array, part))
 
     @given(
         st.sampled_from(["float32", "float64"]),
@@ -370,7 +541,7 @@ class TestBadArrays:
     )
     def test_only_float32_and_float64_are_sent(self, kind: str) -> None:
         with pytest.raises(WireError, match=r"^arrays: expected float32 or float64, got "):
-            pack(Update("run", 1, {"w": np.zeros(3).astype(kind)}))
+            pack(replace(UPDATE, sums={"w": np.zeros(3).astype(kind)}))
 
     def test_pickled_arrays_are_never_unpickled(self, tmp_path: Path) -> None:
         trace = tmp_path / "unpickled"
@@ -395,16 +566,21 @@ class TestNothingTheSiteWroteIsPassedOn:
     @pytest.mark.parametrize(
         "content",
         [
-            RecordDict({"facts": facts(run_id=[PLANTED], round=3), "arrays": ARRAYS}),
-            RecordDict({"facts": facts(run_id="run", round=PLANTED), "arrays": ARRAYS}),
-            RecordDict({"facts": facts(**REPLY_FACTS, refused=PLANTED)}),
-            RecordDict({"facts": ConfigRecord({"run-id": "run", "round": 3, PLANTED: PLANTED})}),
+            with_facts(UPDATE, facts(**{**REPLY_FACTS, "run_id": [PLANTED]})),
+            with_facts(UPDATE, facts(**{**REPLY_FACTS, "round": PLANTED})),
+            with_facts(UPDATE, facts(**{**REPLY_FACTS, "evaluation": PLANTED})),
+            with_facts(UPDATE, facts(**{**REPLY_FACTS, "ledger_count": PLANTED})),
+            with_facts(UPDATE, facts(**{**REPLY_FACTS, "ledger_hash": PLANTED})),
+            with_facts(UPDATE, facts(**REPLY_FACTS, **{PLANTED: PLANTED})),
+            RecordDict({"facts": facts(**NUMBERS, refused=PLANTED)}),
+            RecordDict({"facts": facts(**NUMBERS, refused="BUDGET", **{PLANTED: PLANTED})}),
             RecordDict({"facts": facts(**REPLY_FACTS), PLANTED: ARRAYS}),
             RecordDict({PLANTED: ARRAYS}),
             with_array(pack(UPDATE), Array("float32", (1, 2), LITTLE, PLANTED.encode())),
             with_array(pack(UPDATE), Array(PLANTED, (1, 2), PLANTED, RAW)),
             with_array(pack(UPDATE), Array(PLANTED, (1, 2), LITTLE, RAW)),
             with_array(pack(UPDATE), Array("float64", (1, 2), PLANTED, LONG)),
+            with_array(pack(UPDATE), Array(PLANTED, (1, 2), LITTLE, RAW), "sums"),
         ],
     )
     def test_errors_are_our_own_words(self, content: RecordDict) -> None:

@@ -1,6 +1,8 @@
 """The contract of a family, for every registered one and every kind of schema."""
 
+import copy
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -277,6 +279,17 @@ class TestSamples:
         assert torch.equal(losses[0], losses[1])
 
 
+def train(case: Case, batch: Batch) -> None:
+    """Sixty steps without noise."""
+    optimiser = torch.optim.Adam(case.module.parameters(), lr=0.01)
+    generator = gen()
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = case.kind.example_losses(case.module, batch, generator).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+
 def case_options(case: Case) -> Any:  # noqa: ANN401
     """The options that a module was built with."""
     return case.module.options
@@ -302,14 +315,60 @@ class TestScores:
     def test_rise_with_training_on_the_scored_records(self, case: Case) -> None:
         batch = case.batch(8)
         before = case.kind.scores(case.module, batch).mean()
-        optimiser = torch.optim.Adam(case.module.parameters(), lr=0.01)
-        generator = gen()
-        for _ in range(60):
-            optimiser.zero_grad()
-            loss = case.kind.example_losses(case.module, batch, generator).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+        train(case, batch)
         assert case.kind.scores(case.module, batch).mean() > before
+
+    def test_are_the_same_in_float64(self, case: Case) -> None:
+        """Evaluation adds them up in float64; a float32 within them would round."""
+        batch = case.batch(6)
+        double = copy.deepcopy(case.module).double()
+        exact = case.kind.scores(double, Batch(batch.x.double(), batch.y))
+        assert exact.dtype == torch.float64
+        rounded = case.kind.scores(case.module, batch)
+        assert rounded.dtype == torch.float32
+        assert exact.tolist() == pytest.approx(rounded.tolist(), rel=1e-4, abs=1e-4)
+        assert (exact != rounded.double()).any()
+
+    def test_in_float64_do_not_depend_on_their_company(self, case: Case) -> None:
+        """What batching rounds is far below the slack of a thousandth that noise is made for."""
+        batch, double = case.batch(50), copy.deepcopy(case.module).double()
+        together = case.kind.scores(double, Batch(batch.x.double(), batch.y))
+        alone = [
+            case.kind.scores(double, Batch(batch.x[row : row + 1].double(), batch.y[row : row + 1]))
+            for row in range(50)
+        ]
+        assert torch.cat(alone).tolist() == pytest.approx(together.tolist(), rel=1e-12, abs=1e-12)
+
+
+class TestScoreBounds:
+    """What a record's score may count for where it is added up."""
+
+    def test_are_an_interval(self, case: Case) -> None:
+        low, high = case.kind.score_bounds(case.module)
+        assert math.isfinite(low)
+        assert math.isfinite(high)
+        assert low < high
+
+    def test_are_the_schemas_and_the_options_alone(self, case: Case) -> None:
+        """Not the parameters': those are what records have left behind."""
+        before = case.kind.score_bounds(case.module)
+        with torch.no_grad():
+            for parameter in case.module.parameters():
+                parameter.mul_(-7).add_(3)
+        assert case.kind.score_bounds(case.module) == before
+        assert case.kind.score_bounds(copy.deepcopy(case.module).double()) == before
+        other = case.kind.build(case_options(case), case.schema)
+        assert case.kind.score_bounds(other) == before
+
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_hold_for_most_records(self, case: Case, trained: bool) -> None:
+        """Clipping is for the few: of a model that was trained it would hide how good it is."""
+        batch = case.batch(200)
+        if trained:
+            train(case, batch)
+        low, high = case.kind.score_bounds(case.module)
+        scores = case.kind.scores(case.module, batch)
+        assert ((low <= scores) & (scores <= high)).float().mean() >= 0.95
 
 
 class TestRegistry:

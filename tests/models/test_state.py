@@ -1,7 +1,11 @@
 """Parameters as arrays: what does not fit exactly is refused, and no value is told."""
 
+import copy
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -121,6 +125,13 @@ class TestCheck:
         assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    arrays: Arrays
+    facts: dict[str, Any]
+
+
 class TestFile:
     FACTS = {"run_id": "abc", "privacy": {"epsilon": 3.0, "delta": None}, "name": "Käse"}  # noqa: RUF012
 
@@ -137,7 +148,28 @@ class TestFile:
 
     def test_equal_contents_give_equal_bytes(self) -> None:
         turned = dict(reversed(self.FACTS.items()))
-        assert to_bytes(like(), self.FACTS) == to_bytes(like(), turned)
+        backwards = dict(reversed(like().items()))
+        # Often enough for an order that is left to chance to show.
+        made = {
+            to_bytes(arrays, facts)
+            for _ in range(20)
+            for arrays, facts in ((like(), self.FACTS), (like(), turned), (backwards, self.FACTS))
+        }
+        assert len(made) == 1
+
+    def test_types_and_shapes_stay_as_they_are(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.safetensors"
+        arrays: Arrays = {
+            "sums": np.array([0.1, 1 + 2.0**-52]), "one": np.array(2.5), "none": np.zeros((0, 3)),
+            "model": np.array([[0.1]], np.float32), "count": np.arange(3),
+        }  # fmt: skip
+        path.write_bytes(to_bytes(arrays, {}))
+        found, facts = read_file(path)
+        assert facts == {}
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+            assert found[name].tobytes() == array.tobytes(), name
 
     @pytest.mark.parametrize("keep", [0, 4, 8, 40, -1])
     def test_a_file_cut_short_is_refused(self, tmp_path: Path, keep: int) -> None:
@@ -146,11 +178,66 @@ class TestFile:
         with pytest.raises(StateError, match="holds no model of ours"):
             read_file(path)
 
+    def test_a_changed_byte_is_noticed_wherever_it_is(self, tmp_path: Path) -> None:
+        """Of the header, the facts, the checksum and the numbers: each byte of the file in turn."""
+        path = tmp_path / "model.safetensors"
+        whole = to_bytes(like(), self.FACTS)
+        path.write_bytes(whole)
+        read_file(path)
+        for place in range(len(whole)):
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 1
+            path.write_bytes(spoilt)
+            with pytest.raises(StateError):
+                read_file(path)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda c: c.arrays["a"].__setitem__((0, 0), 0.0),
+            lambda c: c.arrays.update(a=c.arrays["a"].T),
+            lambda c: c.arrays.update(b=c.arrays["b"].view(np.int32)),
+            lambda c: c.arrays.update(A=c.arrays.pop("a")),
+            lambda c: c.arrays.update(c=np.zeros(0, np.float32)),
+            lambda c: c.arrays.pop("b"),
+            lambda c: c.facts["privacy"].update(epsilon=0.1),
+            lambda c: c.facts.update(run_id="abd"),
+        ],
+        ids=["number", "shape", "type", "name", "array more", "array less", "epsilon", "run"],
+    )
+    def test_a_checksum_is_of_these_arrays_and_facts_alone(
+        self, tmp_path: Path, change: Callable[[Contents], object]
+    ) -> None:
+        """A well-formed file of other contents, under the checksum of the first."""
+        path = tmp_path / "model.safetensors"
+        contents = Contents(like(), copy.deepcopy(self.FACTS))
+        before = to_bytes(*contents)
+        change(contents)
+        after = to_bytes(*contents)
+        (old,), (new,) = (re.findall(rb"[0-9a-f]{64}", content) for content in (before, after))
+        assert old != new
+        path.write_bytes(after.replace(new, old))
+        with pytest.raises(StateError, match="is damaged: its checksum does not fit"):
+            read_file(path)
+        path.write_bytes(after)
+        assert read_file(path)[1] == contents.facts
+
     def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(StateError, match="holds no model of ours"):
             read_file(tmp_path / "none.safetensors")
 
-    @pytest.mark.parametrize("metadata", [None, {}, {"fedveil": "no json"}, {"other": "{}"}])
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            None,
+            {},
+            {"fedveil": "no json"},
+            {"other": "{}"},
+            {"fedveil": "{}"},
+            {"sha256": "0" * 64},
+            {"fedveil": "no json", "sha256": "0" * 64},
+        ],
+    )
     def test_a_file_without_our_facts_is_refused(
         self, tmp_path: Path, metadata: dict[str, str] | None
     ) -> None:

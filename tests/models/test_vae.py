@@ -83,6 +83,68 @@ class TestLossesByHand:
         assert KIND.scores(vae, batch).tolist() == pytest.approx([-16 * math.log(2)] * 3)
 
 
+class TestScoreBoundsByHand:
+    """Bounds of a score, which is a log-likelihood in nats: of what the schema declares alone."""
+
+    @pytest.mark.parametrize("reconstruction", ["bce", "mse"])
+    def test_of_an_image_are_a_nat_a_pixel_and_certainty(self, reconstruction: str) -> None:
+        for channels in (1, 3):
+            schema = ImageSchema(height=4, width=8, channels=channels, classes=("a", "b"))
+            vae = silent(schema, reconstruction=reconstruction)
+            assert KIND.score_bounds(vae) == (-32.0 * channels, 0.0)
+
+    def test_of_a_table_are_its_columns_widest_guesses(self) -> None:
+        columns = [
+            column("a", "categorical", categories=["x", "y", "z"]),
+            column("b", "categorical", categories=["x", "y"], nullable=True),
+            column("c", "numeric", bounds=[0, 1]),
+            column("d", "integer", bounds=[0, 9], nullable=True),
+            column("e", "categorical", categories=["no", "yes"]),
+        ]
+        schema = parse_schema({"column": columns, "label": "e"}, "test")
+        # Four columns beside the label; levels 3, 3 (a missing one counts) and 2 classes.
+        low = -(2 * 4 + 2 * math.log(3) + math.log(2))
+        # A number may be known to e^-4 of its range: 4 nats each.
+        assert KIND.score_bounds(silent(schema)) == pytest.approx((low, 8.0))
+        # Without a spread of its own a number is a coin: never more than certainty.
+        assert KIND.score_bounds(silent(schema, reconstruction="bce")) == pytest.approx((low, 0.0))
+
+    def test_without_numbers_certainty_is_the_most(self) -> None:
+        schema = parse_schema(
+            {"column": [column("a", "categorical", categories=["x", "y", "z"])]}, "test"
+        )
+        assert KIND.score_bounds(silent(schema)) == pytest.approx((-(2 + math.log(3)), 0.0))
+
+    def test_the_sharpest_spread_reaches_the_upper_end(self) -> None:
+        schema = parse_schema({"column": [column("a", "numeric", bounds=[0, 1])]}, "test")
+        vae = silent(schema)
+        assert vae.spread is not None
+        for parameter in vae.spread.parameters():
+            parameter.data.fill_(-1e3)
+        # Its mean is sigmoid(0), and there the record is: no error, log scale -4.
+        batch = Batch(torch.full((1, 1), 0.5), torch.zeros(1).long())
+        assert KIND.scores(vae, batch).tolist() == pytest.approx([4.0])
+        assert KIND.score_bounds(vae)[1] == 4.0
+
+
+class TestFloat64:
+    """The parts that made float32 of their own: labels, the prior, the spread."""
+
+    def test_losses_and_scores_keep_their_type(self) -> None:
+        columns = [
+            column("a", "numeric", bounds=[0, 1]),
+            column("b", "categorical", categories=["no", "yes"]),
+        ]
+        schema = parse_schema({"column": columns, "label": "b"}, "test")
+        vae = silent(schema).double()
+        batch = Batch(torch.full((3, 1), 0.25).double(), torch.tensor([0, 1, 1]))
+        scores = KIND.scores(vae, batch)
+        assert scores.dtype == torch.float64
+        # N(0.5, e^-1.5) at 0.25, without its constant, and one of two labels.
+        expected = -(0.5 * 0.0625 * math.exp(3) - 1.5) - math.log(2)
+        assert scores.tolist() == pytest.approx([expected] * 3, rel=1e-14)
+
+
 class TestLabels:
     def schema(self) -> ImageSchema:
         return ImageSchema(height=4, width=4, classes=("a", "b", "c"))
@@ -136,3 +198,5 @@ def test_another_module_is_refused() -> None:
         KIND.scores(module, batch)
     with pytest.raises(TypeError, match="Linear: is no Vae"):
         KIND.sample(module, 1, gen())
+    with pytest.raises(TypeError, match="Linear: is no Vae"):
+        KIND.score_bounds(module)

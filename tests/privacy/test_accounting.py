@@ -1,11 +1,19 @@
 """Prices, held against closed forms that are computed here and against each other."""
 
+import json
 import math
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
 
+import dp_accounting
 import numpy as np
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
@@ -13,16 +21,29 @@ from scipy.stats import norm
 
 from fedveil.privacy.accounting import (
     COARSE_GRID,
+    FILTER_ORDERS,
     FINE_GRID,
     AccountingError,
     Releases,
     calibrate,
     cross_check,
+    event_from_plain,
+    event_to_plain,
+    events_epsilon,
+    filter_epsilon,
+    grids,
     pld_epsilon,
     pld_schedule,
     prv_epsilon,
     rdp_epsilon,
 )
+from fedveil.privacy.books import (
+    Charge,
+    Order,
+)
+from fedveil.privacy.ledger import Ledger, verify
+from fedveil.privacy.limits import Lifetime
+from fedveil.privacy.plan import Part
 
 # `test_no_warning_and_no_log_of_a_library_reaches_the_user` asks for none; the others go on.
 pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")
@@ -140,6 +161,98 @@ class TestOrder:
         )
         assert "Poisson" not in str(Releases(2.0, 1.0, 3).event)
 
+    def test_releases_without_noise_are_not_private(self) -> None:
+        for rate in (0.25, 1.0):
+            assert Releases(0.0, rate, 3).event == dp_accounting.NonPrivateDpEvent()
+
+
+all_releases = st.builds(
+    Releases, st.floats(0.1, 1e4), st.floats(1e-6, 1.0), st.integers(1, 100_000)
+)
+GAUSSIAN = {"kind": "Gaussian", "noise_multiplier": 2.0}
+SAMPLED = {"kind": "PoissonSampled", "sampling_probability": 0.25, "event": GAUSSIAN}
+
+
+class TestPlainEvents:
+    @given(all_releases | st.just(Releases(0.0, 1.0, 1)))
+    def test_an_event_survives_json(self, releases: Releases) -> None:
+        plain = event_to_plain(releases.event)
+        assert event_from_plain(json.loads(json.dumps(plain, allow_nan=False))) == releases.event
+
+    def test_it_is_written_out_in_full(self) -> None:
+        assert event_to_plain(Releases(2.0, 0.25, 3).event) == {
+            "kind": "SelfComposed",
+            "count": 3,
+            "event": {
+                "kind": "PoissonSampled",
+                "sampling_probability": 0.25,
+                "event": {"kind": "Gaussian", "noise_multiplier": 2.0},
+            },
+        }
+        assert event_to_plain(Releases(0.0, 0.25, 3).event) == {"kind": "NonPrivate"}
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            dp_accounting.LaplaceDpEvent(1.0),
+            dp_accounting.NoOpDpEvent(),
+            dp_accounting.ComposedDpEvent([dp_accounting.GaussianDpEvent(1.0)]),
+            dp_accounting.SelfComposedDpEvent(dp_accounting.LaplaceDpEvent(1.0), 2),
+            dp_accounting.SampledWithoutReplacementDpEvent(
+                10, 2, dp_accounting.GaussianDpEvent(1.0)
+            ),
+        ],
+        ids=lambda event: type(event).__name__,
+    )
+    def test_an_event_that_never_runs_here_is_not_written(
+        self, event: dp_accounting.DpEvent
+    ) -> None:
+        with pytest.raises(AccountingError, match="is none that is accounted for"):
+            event_to_plain(event)
+
+    @pytest.mark.parametrize(
+        "plain",
+        [
+            None,
+            3,
+            "Gaussian",
+            [],
+            {},
+            {"kind": "Laplace", "noise_multiplier": 1.0},
+            {"kind": "gaussian", "noise_multiplier": 1.0},
+            {"kind": ["Gaussian"], "noise_multiplier": 1.0},
+            {"kind": None},
+            {"kind": "Gaussian"},
+            {"noise_multiplier": 1.0},
+            {**GAUSSIAN, "count": 3},
+            {"kind": "NonPrivate", "noise_multiplier": 1.0},
+            {"kind": "SelfComposed", "count": 3},
+            {"kind": "SelfComposed", "event": None, "count": 3},
+            {"kind": "SelfComposed", "event": [GAUSSIAN], "count": 3},
+            {"kind": "SelfComposed", "event": {**SAMPLED, "more": 1}, "count": 3},
+        ],
+        ids=repr,
+    )
+    def test_what_is_no_event_is_refused(self, plain: Any) -> None:  # noqa: ANN401
+        with pytest.raises(AccountingError, match="is none that is accounted for"):
+            event_from_plain(plain)
+
+    @pytest.mark.parametrize("value", ["2", None, [1.0], True, 0.0, -1.0, math.inf, math.nan])
+    def test_so_is_noise_that_is_none(self, value: object) -> None:
+        """An account that is read back must never find a price in it."""
+        with pytest.raises(AccountingError):
+            event_from_plain({**GAUSSIAN, "noise_multiplier": value})
+
+    @pytest.mark.parametrize("value", ["0.1", None, [0.1], True, 0.0, -0.1, 1.5, math.nan])
+    def test_so_is_a_rate_that_is_none(self, value: object) -> None:
+        with pytest.raises(AccountingError):
+            event_from_plain({**SAMPLED, "sampling_probability": value})
+
+    @pytest.mark.parametrize("value", ["3", None, [3], True, 2.5, 0, -3, math.nan])
+    def test_so_is_a_number_of_times_that_is_none(self, value: object) -> None:
+        with pytest.raises(AccountingError):
+            event_from_plain({"kind": "SelfComposed", "event": SAMPLED, "count": value})
+
 
 # The corners and the middle of noise 0.5..8, rate 0.001..1 and count 1..1000. What costs more than
 # an epsilon of 400 is left out: no plan asks for it, and PRV takes many seconds to answer infinity.
@@ -211,6 +324,255 @@ class TestCrossCheck:
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
         assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def accountant_epsilon(parts: Sequence[Releases], delta: float, grid: float = COARSE_GRID) -> float:
+    """The same by dp-accounting's own accountant, which is given one event after another."""
+    accountant = dp_accounting.pld.PLDAccountant(
+        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, grid
+    )
+    for part in parts:
+        accountant.compose(part.event)
+    return float(accountant.get_epsilon(delta))
+
+
+def composed(part: Releases) -> Any:  # noqa: ANN401
+    """The privacy loss distribution of releases, by dp-accounting alone."""
+    one = privacy_loss_distribution.from_gaussian_mechanism(
+        part.noise_multiplier,
+        sampling_prob=part.sampling_rate,
+        value_discretization_interval=COARSE_GRID,
+    )
+    return one.self_compose(part.count)
+
+
+class TestBeside:
+    """Releases beside others come from the same account: they are in every price."""
+
+    @pytest.mark.parametrize(
+        "beside",
+        [
+            (Releases(3.0, 1.0, 2),),
+            (Releases(2.0, 0.3, 5),),
+            (Releases(3.0, 1.0, 2), Releases(2.0, 0.3, 5)),
+        ],
+    )
+    def test_is_the_hand_made_composition(self, beside: tuple[Releases, ...]) -> None:
+        after = [1, 7, 20]
+        prices = pld_schedule(Releases(1.5, 0.1, 20), 1e-5, after, beside=beside)
+        for count, price in zip(after, prices, strict=True):
+            parts = (Releases(1.5, 0.1, count), *beside)
+            whole = reduce(lambda a, b: a.compose(b), map(composed, parts))
+            assert price == pytest.approx(whole.get_epsilon_for_delta(1e-5), abs=1e-9)
+            # dp-accounting's own accountant bundles Gaussians first, and is so a shade tighter.
+            theirs = accountant_epsilon(parts, 1e-5)
+            assert theirs - 1e-9 <= price <= theirs + 1e-5
+        assert pld_epsilon(Releases(1.5, 0.1, 20), 1e-5, beside=beside) == prices[-1]
+        assert prices[0] > pld_epsilon(Releases(1.5, 0.1, 1), 1e-5) + 0.1
+
+    @pytest.mark.parametrize(("first", "second"), [((2.0, 3), (5.0, 7)), ((1.0, 1), (10.0, 40))])
+    def test_gaussians_of_two_scales_cost_what_one_of_both_would(
+        self, first: tuple[float, int], second: tuple[float, int]
+    ) -> None:
+        # n Gaussians of scale s are one of s / sqrt(n); squares of inverse scales add up.
+        (s1, n1), (s2, n2) = first, second
+        exact = exact_epsilon((n1 / s1**2 + n2 / s2**2) ** -0.5, 1e-5)
+        releases, beside = Releases(s1, 1.0, n1), (Releases(s2, 1.0, n2),)
+        priced = pld_epsilon(releases, 1e-5, FINE_GRID, beside)
+        assert exact - 1e-6 <= priced <= exact + 2e-4
+        assert exact <= rdp_epsilon(releases, 1e-5, beside) <= 1.2 * exact
+        assert exact <= prv_epsilon(releases, 1e-5, 0.01, beside) <= exact + 0.02 + 0.01 * exact
+
+    def test_order_does_not_matter(self) -> None:
+        one, other = Releases(1.5, 0.1, 20), Releases(3.0, 1.0, 2)
+        assert pld_epsilon(one, 1e-5, beside=(other,)) == pytest.approx(
+            pld_epsilon(other, 1e-5, beside=(one,)), abs=1e-8
+        )
+
+    def test_second_opinions_are_of_both(self) -> None:
+        releases, beside = Releases(2.0, 0.1, 100), (Releases(4.0, 1.0, 3),)
+        claimed = pld_epsilon(releases, 1e-5, beside=beside)
+        opinions = cross_check(releases, 1e-5, claimed, beside)
+        assert opinions["prv"] == pytest.approx(claimed, abs=0.02 + 0.01 * claimed)
+        assert opinions["rdp"] >= claimed
+        for forgotten in ((), (Releases(4.0, 1.0, 1),)):
+            with pytest.raises(AccountingError, match="accountants disagree"):
+                cross_check(releases, 1e-5, claimed, forgotten)
+            with pytest.raises(AccountingError, match="accountants disagree"):
+                cross_check(releases, 1e-5, pld_epsilon(releases, 1e-5, beside=forgotten), beside)
+
+    def test_calibration_leaves_room_for_them(self) -> None:
+        beside = (Releases(8.0, 1.0, 4),)
+        releases = calibrate(1.0, 25, 3.0, 1e-5, beside)
+        # Squares of inverse scales add up to that of one Gaussian of epsilon 3.
+        whole = float(brentq(lambda s: exact_epsilon(s, 1e-5) - 3.0, 0.5, 10.0))
+        expected = (25 / (whole**-2 - 4 / 8.0**2)) ** 0.5
+        assert releases.noise_multiplier == pytest.approx(expected, rel=5e-3)
+        assert releases.noise_multiplier >= expected * (1 - 1e-6)
+        assert releases.noise_multiplier > 1.02 * 5 * whole  # which would do alone
+
+    def test_what_they_alone_overdraw_is_out_of_reach(self) -> None:
+        with pytest.raises(AccountingError, match=r"privacy\.epsilon = 1: cannot be reached"):
+            calibrate(1.0, 3, 1.0, 1e-5, (Releases(1.0, 1.0, 4),))
+
+
+class TestEvents:
+    """What a ledger recomputes from events is what the plan stated of releases."""
+
+    @pytest.mark.parametrize(
+        ("releases", "delta"),
+        [
+            (Releases(1.0, 1.0, 1), 1e-5),
+            (Releases(4.0, 0.1, 300), 1e-5),
+            (Releases(1.0, 0.01, 10), 1e-6),
+            (Releases(30.0, 1.0, 400), 1e-5),
+        ],
+    )
+    def test_cost_what_the_releases_cost(self, releases: Releases, delta: float) -> None:
+        stated = min(pld_epsilon(releases, delta, grid) for grid in (COARSE_GRID, FINE_GRID))
+        assert events_epsilon({releases.event: 1}, delta, stated) == pytest.approx(stated, rel=1e-5)
+        one = Releases(releases.noise_multiplier, releases.sampling_rate, 1)
+        counted = events_epsilon({one.event: releases.count}, delta, stated)
+        assert counted == pytest.approx(stated, rel=1e-5)
+
+    def test_of_several_kinds_cost_what_they_cost_together(self) -> None:
+        releases, beside = Releases(1.5, 0.1, 20), (Releases(3.0, 1.0, 2),)
+        stated = min(pld_epsilon(releases, 1e-5, g, beside) for g in (COARSE_GRID, FINE_GRID))
+        events = {releases.event: 1, Releases(3.0, 1.0, 1).event: 2}
+        assert events_epsilon(events, 1e-5, stated) == pytest.approx(stated, rel=1e-5)
+
+    def test_a_wider_grid_is_an_upper_bound_too(self) -> None:
+        releases = Releases(0.3, 0.2, 4)
+        stated = pld_epsilon(releases, 1e-5)
+        assert stated > 12
+        found = events_epsilon({releases.event: 1}, 1e-5, 120.0)
+        assert found is not None
+        assert found == pytest.approx(stated, rel=1e-3)
+        assert found >= stated * (1 - 1e-6)
+
+    @pytest.mark.parametrize(
+        ("releases", "delta", "target"),
+        [
+            (Releases(4.0, 0.1, 300), 1e-5, 3.0),
+            (Releases(250.0, 0.5, 20_000), 1e-10, 2.0),
+            (Releases(250.0, 0.5, 20_000), 1e-12, 2.0),
+            # Its Renyi price is above 10, where grids become wider.
+            (Releases(0.471282958984375, 0.001, 3000), 1e-9, 9.5),
+        ],
+    )
+    def test_a_ledger_finds_what_a_plan_stated(
+        self, tmp_path: Path, releases: Releases, delta: float, target: float
+    ) -> None:
+        """The two compose in different ways; an honest ledger is not damaged for that."""
+        stated = min(pld_epsilon(releases, delta, grid) for grid in grids(target))
+        assert stated <= target
+        parts = (Part("rounds", "training", releases, 1),)
+        Ledger.create(tmp_path / "site.sqlite", "site")
+        ledger = Ledger.open(tmp_path / "site.sqlite")
+        asked = Order(
+            "run", "0" * 64, "data", "record", (Charge("training", stated, delta, parts),)
+        )
+        ledger.reserve(asked, Lifetime(target, delta))
+        ledger.close()
+        found = verify(tmp_path / "site.sqlite").prices["run", "training"]
+        assert found[0] == stated
+        assert found[1] == pytest.approx(stated, rel=2e-3)
+
+    def test_without_noise_have_no_price(self) -> None:
+        bare, noised = Releases(0.0, 1.0, 1).event, Releases(2.0, 1.0, 1).event
+        assert events_epsilon({bare: 1}, 1e-5, math.inf) is None
+        assert events_epsilon({noised: 3, bare: 1}, 1e-5, 1.0) is None
+
+
+def sampled_rdp(alpha: int, sigma: float, rate: float) -> float:
+    """Mironov, Talwar and Zhang 2019, section 3.3: one subsampled Gaussian at an integer order."""
+    terms = [
+        math.comb(alpha, k)
+        * (1 - rate) ** (alpha - k)
+        * rate**k
+        * math.exp((k * k - k) / (2 * sigma**2))
+        for k in range(alpha + 1)
+    ]
+    return math.log(math.fsum(terms)) / (alpha - 1)
+
+
+def converted(alpha: int, rdp: float, delta: float) -> float:
+    """Canonne, Kamath and Steinke 2020, proposition 12."""
+    return rdp + math.log1p(-1 / alpha) - math.log(delta * alpha) / (alpha - 1)
+
+
+counts = st.integers(0, 500)
+noises = st.floats(0.5, 50.0)
+rates = st.sampled_from([0.01, 0.1, 1.0])
+
+
+class TestFilter:
+    """Epsilon of releases chosen adaptively: a Renyi filter over a few orders, by a union bound."""
+
+    def test_the_orders_are_fixed_and_few(self) -> None:
+        """An account that is kept by other orders would be another account."""
+        assert FILTER_ORDERS == (2, 3, 4, 6, 10, 16, 32, 64)
+
+    @pytest.mark.parametrize("sigma", [0.8, 2.0, 10.0, 60.0])
+    @pytest.mark.parametrize("count", [1, 7, 300])
+    @pytest.mark.parametrize("delta", [1e-4, 1e-6])
+    def test_of_gaussians_is_the_union_bound_by_hand(
+        self, sigma: float, count: int, delta: float
+    ) -> None:
+        by_hand = min(
+            converted(alpha, count * alpha / (2 * sigma**2), delta / 8)
+            for alpha in (2, 3, 4, 6, 10, 16, 32, 64)
+        )
+        event = Releases(sigma, 1.0, 1).event
+        assert filter_epsilon({event: count}, delta) == pytest.approx(by_hand, rel=1e-9)
+
+    def test_of_several_kinds_each_order_adds_up(self) -> None:
+        by_hand = min(
+            converted(alpha, 5 * alpha / (2 * 4.0**2) + 40 * sampled_rdp(alpha, 2.0, 0.1), 1e-5 / 8)
+            for alpha in FILTER_ORDERS
+        )
+        events = {Releases(4.0, 1.0, 1).event: 5, Releases(2.0, 0.1, 1).event: 40}
+        assert filter_epsilon(events, 1e-5) == pytest.approx(by_hand, rel=1e-6)
+        # However they are bundled.
+        bundled = {Releases(4.0, 1.0, 5).event: 1, Releases(2.0, 0.1, 20).event: 2}
+        assert filter_epsilon(bundled, 1e-5) == pytest.approx(by_hand, rel=1e-6)
+
+    @given(noises, rates, counts, st.integers(1, 100), noises, counts)
+    def test_never_falls_when_more_runs(
+        self, sigma: float, rate: float, count: int, more: int, other: float, others: int
+    ) -> None:
+        spent = Counter({Releases(sigma, rate, 1).event: count})
+        before = filter_epsilon(spent, 1e-5)
+        for asked in (
+            Counter({Releases(sigma, rate, 1).event: more}),
+            Counter({Releases(other, 1.0, 1).event: others}),
+        ):
+            assert filter_epsilon(spent + asked, 1e-5) >= before * (1 - 1e-12)
+
+    @given(noises, rates, st.integers(1, 500), st.sampled_from([1e-4, 1e-5, 1e-9]))
+    def test_never_falls_below_the_price_of_one_plan(
+        self, sigma: float, rate: float, count: int, delta: float
+    ) -> None:
+        """What was chosen adaptively costs no less than the same, fixed beforehand."""
+        releases = Releases(sigma, rate, count)
+        priced = filter_epsilon({Releases(sigma, rate, 1).event: count}, delta)
+        assert priced >= rdp_epsilon(releases, delta)
+
+    def test_is_above_the_tightest_price_too(self) -> None:
+        for sigma, count in ((1.0, 1), (4.0, 30), (20.0, 100)):
+            exact = exact_epsilon(sigma / math.sqrt(count), 1e-5)
+            event = Releases(sigma, 1.0, 1).event
+            assert exact < filter_epsilon({event: count}, 1e-5) < 1.6 * exact
+
+    def test_of_nothing_is_nothing(self) -> None:
+        assert filter_epsilon({}, 1e-5) == 0
+        assert filter_epsilon({Releases(2.0, 1.0, 1).event: 0}, 1e-5) == 0
+        assert filter_epsilon({Releases(0.0, 1.0, 1).event: 0}, 1e-5) == 0
+
+    def test_without_noise_is_without_bound(self) -> None:
+        bare, noised = Releases(0.0, 1.0, 1).event, Releases(2.0, 1.0, 1).event
+        assert filter_epsilon({bare: 1}, 1e-5) == math.inf
+        assert filter_epsilon({noised: 1, bare: 1}, 1e-5) == math.inf
 
 
 class TestCalibrate:

@@ -1,11 +1,13 @@
 """What runs against what is claimed: residuals, realised sampling, realised releases.
 
 `shared/auditing.md`, Conformance. Everything here goes through the code of a site's round
-(`client.training`) and of the server's (`server.rounds.advance`), or through a whole simulation.
+(`client.training`, `client.evaluation`) and of the server's (`server.rounds.advance`,
+`server.evaluation.evaluated`), or through a whole simulation.
 Each statistical bound has a false-alarm rate of 1e-7 over the choice of the coins, which are fixed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +20,23 @@ from scipy import stats
 from torch import Tensor, nn
 
 import fedveil
-from fedveil.client.site import Site
+from fedveil.client.evaluation import holdout_sums, training_sums
+from fedveil.client.site import Budget, Site
 from fedveil.client.training import gradient_sum, train
 from fedveil.config import RunConfig
 from fedveil.data_prep.schema import ImageSchema, parse_schema
-from fedveil.models import Batch, Family, family
+from fedveil.models import Batch, Family, family, metrics
 from fedveil.models.layers import initialise
 from fedveil.models.state import read_file, to_arrays
 from fedveil.privacy.accounting import Releases, pld_epsilon
 from fedveil.privacy.clipping import CLIPPING_SLACK, clipped_sum
+from fedveil.privacy.ledger import Ledger, verify
+from fedveil.privacy.limits import Lifetime
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
 from fedveil.server.aggregation import STRATEGIES, ServerState
-from fedveil.server.rounds import Replies, advance
+from fedveil.server.evaluation import NOT_EVALUATED, evaluated, expected_sums
+from fedveil.server.rounds import advance
 from fedveil.server.simulation import simulated_site
 
 MakeConfig = Callable[..., RunConfig]
@@ -44,6 +50,14 @@ FAST = {"epsilon": 2.0, "sampling_rate": 1.0}  # priced in a moment
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def budget(tmp_path_factory: pytest.TempPathFactory) -> Budget:
+    """A ledger that nothing is debited from."""
+    path = tmp_path_factory.mktemp("ledger") / "site.sqlite"
+    Ledger.create(path, "site")
+    return Budget(Ledger.open(path), "data", Lifetime(None, 0.5))
 
 
 class Recorder(Coins):
@@ -82,6 +96,7 @@ ATTENDANCE = Family(
     example_losses=attendance_losses,
     sample=no_samples,
     scores=lambda _module, batch: batch.x.sum(1),
+    score_bounds=lambda _module: (0.0, 1.0),
 )
 
 
@@ -183,7 +198,7 @@ class TestResidualUnderCentral:
                 Batch(records.x[40:], records.y[40:]),
             )
         )
-        after = advance(state, Replies(sums, {}), module, config, priced, Coins(KEY))
+        after = advance(state, sums, module, config, priced, Coins(KEY))
         step = {n: state.model[n].astype(np.float64) - after.model[n] for n in state.model}
         noise: np.ndarray = flat(step) * priced.expected_batch - flat(sums[0]) - flat(sums[1])
         return noise
@@ -210,7 +225,7 @@ class TestResidualUnderCentral:
         nothing = {name: np.zeros_like(array) for name, array in state.model.items()}
         steps = []
         for _ in range(3):
-            after = advance(state, Replies((nothing,), {}), module, config, priced, coins)
+            after = advance(state, [nothing], module, config, priced, coins)
             steps.append(flat({n: state.model[n] - after.model[n] for n in state.model}))
             state = after
         correlation = np.corrcoef(np.stack(steps)) - np.eye(3)
@@ -223,7 +238,7 @@ class TestResidualUnderCentral:
         state = STRATEGIES["sgd"].init(to_arrays(module))
         nothing = {name: np.zeros_like(array) for name, array in state.model.items()}
         models = [
-            advance(state, Replies((nothing,) * n, {}), module, config, priced, Coins(KEY)).model
+            advance(state, [nothing] * n, module, config, priced, Coins(KEY)).model
             for n in (1, 2, 3)
         ]
         for other in models[1:]:
@@ -261,6 +276,111 @@ class TestResidualUnderLocal:
         assert has_scale(flat(released), priced.noise_multiplier * 2.0)
 
 
+class TestResidualOfEvaluation:
+    """Sums of figures: what is released less what is exact is noise of the priced scale."""
+
+    EXAM = metrics.prepare(digits_records(200), DIGITS, seed=0)
+
+    @pytest.fixture
+    def config(self, make_config: MakeConfig, request: pytest.FixtureRequest) -> RunConfig:
+        return make_config(
+            privacy={**FAST, "mechanism": request.param, "epsilon_holdout": 1.0},
+            evaluation={"training_share": 0.3, "every": 0},
+        )
+
+    def residuals(self, config: RunConfig, priced: Plan, sites: int) -> dict[str, np.ndarray]:
+        """By account, of many releases of sums over no record at all: nothing but their noise.
+
+        At the site under `local`; under `central` read off the server's noised histograms.
+        """
+        module, nobody = digits_vae(config), digits_records(0)
+        coins = [Coins(bytes([n]) * 32) for n in range(sites)]
+        found: dict[str, list[np.ndarray]] = {"holdout": [], "training": []}
+        for _ in range(150):
+            parts = [
+                {
+                    "holdout": holdout_sums(
+                        module, self.EXAM, nobody, config, DIGITS, priced, coin
+                    ),
+                    "training": training_sums(module, nobody, config, priced, coin),
+                }
+                for coin in coins
+            ]
+            for side, arrays in found.items():
+                arrays.append(np.sum([flat(dict(part[side])) for part in parts], axis=0))
+        return {side: np.concatenate(arrays) for side, arrays in found.items()}
+
+    @pytest.mark.parametrize("config", ["local"], indirect=True)
+    @pytest.mark.parametrize("sites", [1, 3])
+    def test_a_site_adds_the_noise_of_either_account(self, config: RunConfig, sites: int) -> None:
+        priced = plan(config)
+        scales = {
+            "holdout": metrics.noise_scale(priced.evaluation_noise, DIGITS),
+            "training": metrics.loss_noise_scale(priced.figures_noise),
+        }
+        for side, residual in self.residuals(config, priced, sites).items():
+            assert residual.size >= 300
+            scale = scales[side] * math.sqrt(sites)
+            assert has_scale(residual, scale), side
+            for wrong in (2 / 3, 3 / 2):
+                assert not has_scale(residual, wrong * scale), side
+
+    @pytest.mark.parametrize("config", ["central", "none"], indirect=True)
+    def test_it_adds_none_where_it_is_not_its_to_add(self, config: RunConfig) -> None:
+        for residual in self.residuals(config, plan(config), 1).values():
+            assert not residual.any()
+
+    @pytest.mark.parametrize("config", ["central"], indirect=True)
+    def test_the_server_adds_the_noise_once_however_many_sites_there_are(
+        self, config: RunConfig
+    ) -> None:
+        """Its noise is that of the hold-out's own plan, to the sum of all sites."""
+        priced = plan(config)
+        scale = metrics.noise_scale(priced.evaluation_noise, DIGITS)
+        for sites in (1, 3):
+            recorder, noises = Recorder(KEY), []
+            for _ in range(20):
+                found = evaluated(
+                    NOT_EVALUATED,
+                    2,
+                    [self.nothing(priced)] * sites,
+                    self.EXAM,
+                    config,
+                    DIGITS,
+                    priced,
+                    recorder,
+                )
+                noises.append(found.sums["one_way"])
+            assert has_scale(np.concatenate(noises), scale)
+            drawn = Counter(scale for _, scale in recorder.noises)
+            assert drawn == {
+                scale: 20 * len(metrics.blocks(DIGITS)),
+                metrics.loss_noise_scale(priced.figures_noise): 40,
+            }
+
+    def nothing(self, priced: Plan) -> dict[str, np.ndarray]:
+        """What a site without records sends under `central`."""
+        return {name: np.zeros_like(a) for name, a in expected_sums(DIGITS, priced).items()}
+
+    def test_the_sensitivities_are_those_of_one_record(self) -> None:
+        """Each block has norm 1 at most: of B blocks sqrt(B), of count and loss sqrt(2)."""
+        assert set(metrics.blocks(DIGITS)) == {"count", "loss", "one_way", "tstr_mlp"}
+        assert metrics.noise_scale(1.5, DIGITS) == pytest.approx(1.5 * 2 * 1.001)
+        assert metrics.loss_noise_scale(1.5) == pytest.approx(1.5 * math.sqrt(2) * 1.001)
+        module = digits_vae(
+            RunConfig.model_validate(
+                {"data": {"source": "sklearn:digits"}, "model": {"family": "vae"}}
+            )
+        )
+        records = digits_records(40)
+        for row in range(40):
+            one = Batch(records.x[row : row + 1], records.y[row : row + 1])
+            sums = metrics.answers(family("vae"), module, self.EXAM, one, DIGITS)
+            assert all(np.linalg.norm(array) <= 1 for array in sums.values())
+            both = metrics.loss_answers(family("vae"), module, one)
+            assert np.linalg.norm(flat(both)) <= math.sqrt(2)
+
+
 class TestClippingIsInForce:
     @pytest.mark.parametrize("clipping_norm", [0.1, 1.0, 3.0])
     def test_a_site_sends_at_most_the_clipping_norm_of_one_record(
@@ -277,7 +397,9 @@ class TestClippingIsInForce:
 class TestOneRecordAtASite:
     """From raw records to the clipped sum: one record more or less moves one record's worth."""
 
-    def sent(self, make_config: MakeConfig, rows: list[tuple[str, str]]) -> np.ndarray:
+    def sent(
+        self, make_config: MakeConfig, budget: Budget, rows: list[tuple[str, str]]
+    ) -> np.ndarray:
         columns = [
             {"name": "size", "kind": "numeric", "bounds": [0, 10]},
             {"name": "age", "kind": "integer", "bounds": [0, 120], "nullable": True},
@@ -285,7 +407,7 @@ class TestOneRecordAtASite:
         schema = parse_schema({"column": columns}, "test")
         frame = pl.DataFrame(rows, schema=["size", "age"], orient="row")
         config = make_config(privacy=FAST, data={"holdout": 0.0})
-        site = Site("site", lambda: frame, KEY, Coins(KEY))
+        site = Site("site", lambda: frame, KEY, budget, Coins(KEY))
         records = site.records(config, schema).training
         module = nn.Linear(schema.width, 1, bias=False)
         priced = plan(config)
@@ -297,10 +419,14 @@ class TestOneRecordAtASite:
     )
     @pytest.mark.parametrize("others", [[("3", "")] * 9, [("3", "unknown")] * 9, [("3", "30")] * 9])
     def test_cleaning_does_not_let_a_record_decide_on_others(
-        self, make_config: MakeConfig, record: tuple[str, str], others: list[tuple[str, str]]
+        self,
+        make_config: MakeConfig,
+        budget: Budget,
+        record: tuple[str, str],
+        others: list[tuple[str, str]],
     ) -> None:
-        with_it = self.sent(make_config, [*others, record])
-        without_it = self.sent(make_config, others)
+        with_it = self.sent(make_config, budget, [*others, record])
+        without_it = self.sent(make_config, budget, others)
         assert np.linalg.norm(with_it - without_it) <= 1.0
 
 
@@ -391,6 +517,7 @@ class TestReleases:
             federation={"rounds": 3},
             training={"local_steps": steps},
             privacy={**FAST, "mechanism": mechanism, "sampling_rate": 0.4},
+            evaluation={"samples": 200},
         )
         run = fedveil.simulate(config, out=tmp_path / "run")
         arrays, _ = read_file(run.path / "model.safetensors")
@@ -400,12 +527,26 @@ class TestReleases:
         assert len(sites) == 3
         assert all(len(coins.samples) == 3 * steps for coins in sites)
         assert {rate for coins in sites for rate in coins.rates} == {0.4}
-        at_sites = [len(coins.noises) for coins in sites]
-        at_server = sum(len(coins.noises) for coins in others)
-        assert at_sites == [3 * steps * len(arrays) * (mechanism == "local")] * 3
-        assert at_server == 3 * len(arrays) * (mechanism == "central")
-        scales = {scale for coins in made for _, scale in coins.noises}
-        assert scales == (set() if mechanism == "none" else {priced.noise_multiplier})
+        # Of three rounds; and of three evaluations, each of the same blocks, one array a block.
+        assert priced.evaluations == 3
+        kept = len(metrics.blocks(DIGITS))
+        noises = {3 * steps * len(arrays) + 3 * kept} if mechanism != "none" else {0}
+        assert {len(coins.noises) for coins in sites} == (noises if mechanism == "local" else {0})
+        at_server = {sum(len(coins.noises) for coins in others)}
+        assert at_server == (noises if mechanism == "central" else {0})
+        scales = Counter(scale for coins in made for _, scale in coins.noises)
+        if mechanism == "none":
+            assert not scales
+        else:
+            releases = 3 if mechanism == "local" else 1
+            assert scales == {
+                priced.noise_multiplier: releases * 3 * steps * len(arrays),
+                metrics.noise_scale(priced.evaluation_noise, DIGITS): releases * 3 * kept,
+            }
+        for node in (1, 2, 3):
+            books = verify(run.path / "ledger" / f"site-{node:03d}.sqlite").books
+            (kept_run,) = books.runs.values()
+            assert kept_run.made == {"rounds": 3, "evaluations": 3}
         assert run.privacy["epsilon"] == priced.epsilon
 
 
@@ -419,6 +560,7 @@ class TestSecrets:
             training={"learning_rate": 1.0, "ema": 0.0},
             privacy={**FAST, "epsilon": 0.5},
             aggregation={"strategy": "sgd"},
+            evaluation={"samples": 200},
         )
         runs = [fedveil.simulate(config, out=tmp_path / name) for name in "ab"]
         models = [flat(read_file(run.path / "model.safetensors")[0]) for run in runs]
@@ -429,10 +571,12 @@ class TestSecrets:
         assert float(np.square(apart / scale).sum()) > low
 
     def test_two_sites_of_one_run_and_one_site_of_two_runs_have_coins_of_their_own(
-        self, tmp_path: Path
+        self, make_config: MakeConfig, tmp_path: Path
     ) -> None:
         sites = [
-            simulated_site(node, None, tmp_path / run) for run in ("a", "b") for node in (1, 2)
+            simulated_site(node, None, tmp_path / run, tmp_path / run / "ledger", make_config())
+            for run in ("a", "b")
+            for node in (1, 2)
         ]
         samples = {site.coins.poisson_sample(500, 0.5).tobytes() for site in sites}
         noises = {site.coins.gaussian((8,), 1.0).tobytes() for site in sites}

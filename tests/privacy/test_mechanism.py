@@ -4,7 +4,6 @@ The checks of scale are exact chi-squared bounds with a false-alarm rate of 1e-7
 """
 
 import math
-from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -14,30 +13,9 @@ from scipy import stats
 from fedveil.config import COMPATIBILITY, MechanismName
 from fedveil.privacy.mechanism import MECHANISMS, add_noise, add_nothing
 from fedveil.privacy.noise import Coins
-from fedveil.privacy.plan import Plan
 
 KEY = bytes(range(32))
 ALARM = 1e-7
-
-
-def make_plan(noise_multiplier: float = 1.0, clipping_norm: float = 1.0) -> Plan:
-    return Plan(
-        mechanism="central",
-        unit="record",
-        against="",
-        target_epsilon=1.0,
-        epsilon=1.0,
-        delta=1e-5,
-        clipping_norm=clipping_norm,
-        noise_multiplier=noise_multiplier,
-        sampling_rate=1.0,
-        expected_batch=1.0,
-        rounds=1,
-        releases_per_round=1,
-        schedule=(1.0,),
-        accountant="PLD",
-        second_opinions=(),
-    )
 
 
 def has_scale(residual: np.ndarray, scale: float) -> bool:
@@ -58,29 +36,34 @@ def test_the_check_of_scale_accepts_the_right_one_and_rejects_others(size: int) 
 
 
 class TestAddNoise:
-    @pytest.mark.parametrize(
-        ("multiplier", "clipping"), [(1.0, 1.0), (0.7, 1.0), (3.0, 0.01), (1.3, 25.0)]
-    )
-    def test_scale_is_noise_multiplier_times_clipping_norm(
-        self, multiplier: float, clipping: float
-    ) -> None:
+    @pytest.mark.parametrize("scale", [1.0, 0.7, 0.03, 32.5])
+    def test_the_scale_is_the_standard_deviation(self, scale: float) -> None:
         # 2^20 samples: a scale that is off by 1 % is rejected too.
         total = {"w": np.zeros((1024, 1024), dtype=np.float32)}
-        noise = add_noise(total, make_plan(multiplier, clipping), Coins(KEY))["w"]
-        assert has_scale(noise, multiplier * clipping)
+        noise = add_noise(total, scale, Coins(KEY))["w"]
+        assert has_scale(noise, scale)
         for wrong in (2 / 3, 0.99, 1.01, 3 / 2):
-            assert not has_scale(noise * np.float32(wrong), multiplier * clipping)
+            assert not has_scale(noise * np.float32(wrong), scale)
+
+    @pytest.mark.parametrize("scale", [0.03, 1.0, 1.5, 32.5])
+    def test_what_is_released_is_on_a_lattice_of_the_scale_alone(self, scale: float) -> None:
+        """Steps of 2^-20 of the power of two at or below the scale, whatever the sum is."""
+        step = 2.0 ** (math.floor(math.log2(scale)) - 20)
+        for total in (0.0, 1e-9, 1 / 3, 1e6):
+            released = add_noise({"w": np.full(1000, total)}, scale, Coins(KEY))["w"] / step
+            assert (released == np.rint(released)).all()
+            assert 0.4 < (released % 2 == 1).mean() < 0.6
 
     def test_noise_is_added_to_the_sum(self) -> None:
         total = {"w": np.linspace(-5, 5, 4000, dtype=np.float32).reshape(40, 100)}
-        released = add_noise(total, make_plan(0.5, 2.0), Coins(KEY))
+        released = add_noise(total, 1.0, Coins(KEY))
         assert has_scale(released["w"] - total["w"], 1.0)
 
     def test_names_shapes_and_type_stay_and_the_sum_is_not_changed_in_place(self) -> None:
         total: dict[str, np.ndarray] = {
             "a": np.ones((2, 3)), "b": np.ones(()), "c": np.ones(0, np.float32)
         }  # fmt: skip
-        released = add_noise(total, make_plan(), Coins(KEY))
+        released = add_noise(total, 1.0, Coins(KEY))
         assert list(released) == ["a", "b", "c"]
         assert [a.shape for a in released.values()] == [(2, 3), (), (0,)]
         assert {a.dtype for a in released.values()} == {np.dtype(np.float64)}
@@ -90,7 +73,7 @@ class TestAddNoise:
         """Correlations within 5.33 standard errors (1e-7)."""
         total = {name: np.zeros(20_000, dtype=np.float32) for name in "ab"}
         coins = Coins(KEY)
-        noises = [a for _ in range(2) for a in add_noise(total, make_plan(), coins).values()]
+        noises = [a for _ in range(2) for a in add_noise(total, 1.0, coins).values()]
         correlation = np.corrcoef(np.stack(noises)) - np.eye(4)
         assert np.abs(correlation).max() < 5.33 / math.sqrt(20_000)
 
@@ -98,21 +81,17 @@ class TestAddNoise:
     def test_a_sum_that_is_not_finite_is_refused(self, bad: float) -> None:
         total = {"a": np.zeros(3), "b": np.array([0.0, bad])}
         with pytest.raises(ValueError, match="not finite"):
-            add_noise(total, make_plan(), Coins(KEY))
+            add_noise(total, 1.0, Coins(KEY))
 
-    @pytest.mark.parametrize(
-        "plan",
-        [
-            make_plan(0.0, 1.0),
-            make_plan(1.0, math.inf),
-            make_plan(0.0, math.inf),
-            make_plan(-1.0, 1.0),
-            make_plan(math.nan, 1.0),
-        ],
-    )
-    def test_a_plan_without_noise_is_refused(self, plan: Plan) -> None:
+    @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, -math.inf, math.nan])
+    def test_noise_that_is_none_is_refused(self, scale: float) -> None:
         with pytest.raises(ValueError, match="must be > 0 and finite"):
-            add_noise({"w": np.zeros(3)}, plan, Coins(KEY))
+            add_noise({"w": np.zeros(3)}, scale, Coins(KEY))
+
+    def test_a_result_that_is_not_finite_is_refused(self) -> None:
+        total = {"w": np.full(50, 1.7e308)}
+        with np.errstate(over="ignore"), pytest.raises(ValueError, match="result is not finite"):
+            add_noise(total, 1e307, Coins(KEY))
 
     @pytest.mark.parametrize("record", [1.0, 0.01])
     def test_low_order_bits_do_not_tell_whether_a_record_was_in(self, record: float) -> None:
@@ -127,7 +106,7 @@ class TestAddNoise:
         off = []
         for total in (0.0, record):
             array = np.full(size, total, dtype=np.float32)
-            released = add_noise({"w": array}, make_plan(), coins)["w"].astype(np.float64)
+            released = add_noise({"w": array}, 1.0, coins)["w"].astype(np.float64)
             near = released[np.abs(released) < record / 4]
             off.append((int((np.mod(near, grid) != 0).sum()), len(near)))
         (k0, n0), (k1, n1) = off
@@ -144,18 +123,29 @@ class TestTable:
     @pytest.mark.parametrize("name", sorted(MECHANISMS))
     def test_noise_is_added_exactly_once_and_never_under_none(self, name: MechanismName) -> None:
         row = MECHANISMS[name]
-        plan = replace(make_plan(1.5, 0.5), mechanism=name)
         total = {"w": np.zeros(20_000, dtype=np.float32)}
-        at_site = row.at_site(total, plan, Coins(KEY))
-        released = row.at_server(at_site, plan, Coins(KEY[::-1]))["w"]
+        at_site = row.at_site(total, 0.75, Coins(KEY))
+        released = row.at_server(at_site, 0.75, Coins(KEY[::-1]))["w"]
         assert (not released.any()) if name == "none" else has_scale(released, 0.75)
+
+    @pytest.mark.parametrize("name", sorted(MECHANISMS))
+    def test_a_row_says_whether_a_sum_has_the_noise_of_each_site(self, name: MechanismName) -> None:
+        row, sites = MECHANISMS[name], 5
+        total = {"w": np.zeros(20_000)}
+        parts = [row.at_site(total, 0.75, Coins(bytes([n]) * 32))["w"] for n in range(sites)]
+        summed = row.at_server({"w": np.sum(parts, axis=0)}, 0.75, Coins(KEY))["w"]
+        if name != "none":
+            noises = sites if row.noise_per_site else 1
+            assert has_scale(summed, 0.75 * math.sqrt(noises))
+        else:
+            assert not row.noise_per_site
 
     def test_local_noise_leaves_with_the_site_and_central_noise_comes_at_the_server(self) -> None:
         total = {"w": np.zeros(5000, dtype=np.float32)}
-        assert has_scale(MECHANISMS["local"].at_site(total, make_plan(), Coins(KEY))["w"], 1.0)
-        assert has_scale(MECHANISMS["central"].at_server(total, make_plan(), Coins(KEY))["w"], 1.0)
+        assert has_scale(MECHANISMS["local"].at_site(total, 1.0, Coins(KEY))["w"], 1.0)
+        assert has_scale(MECHANISMS["central"].at_server(total, 1.0, Coins(KEY))["w"], 1.0)
 
     def test_adding_nothing_draws_nothing_and_changes_nothing(self) -> None:
         total, coins = {"w": np.arange(3.0)}, Coins(KEY)
-        assert np.array_equal(add_nothing(total, make_plan(), coins)["w"], total["w"])
+        assert np.array_equal(add_nothing(total, 1.0, coins)["w"], total["w"])
         assert np.array_equal(coins.words(2), Coins(KEY).words(2))

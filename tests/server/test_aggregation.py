@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from fedveil.config import COMPATIBILITY, RunConfig
-from fedveil.server.aggregation import STRATEGIES, ServerState
+from fedveil.server.aggregation import STRATEGIES, ServerState, scaled, summed
 
 MakeConfig = Callable[..., RunConfig]
 Arrays = Mapping[str, np.ndarray]
@@ -56,13 +58,29 @@ class TestEvery:
     ) -> None:
         model = {"w": vector(1, 2)}
         state = STRATEGIES[configured(strategy).strategy].init(model)
-        assert state.round == 0
+        assert (state.round, state.steps) == (0, 0)
         assert state.model["w"].tobytes() == model["w"].tobytes()
         assert state.average["w"].tobytes() == model["w"].tobytes()
 
-    def test_rounds_are_counted(self, strategy: str, configured: Callable[..., RunConfig]) -> None:
+    def test_steps_are_counted(self, strategy: str, configured: Callable[..., RunConfig]) -> None:
         states = steps(configured(strategy), {"w": vector(1)}, [{"w": vector(2)}] * 3)
-        assert [state.round for state in states] == [0, 1, 2, 3]
+        assert [state.steps for state in states] == [0, 1, 2, 3]
+
+    def test_whose_round_it_is_the_caller_says(
+        self, strategy: str, configured: Callable[..., RunConfig]
+    ) -> None:
+        """A round that is lost counts in the plan, but the optimiser has not seen it."""
+        config, rule = configured(strategy, ema=0.9), STRATEGIES[configured(strategy).strategy]
+        model, mean = {"w": vector(1, 2)}, {"w": vector(2, -1)}
+        plain = steps(config, model, [mean] * 2)
+        for before, expected in pairwise(plain):
+            after = rule.apply(replace(before, round=7), mean, config)
+            assert after.steps == expected.steps == before.steps + 1
+            for part in ("model", "average", "first", "second"):
+                old, new = getattr(expected, part), getattr(after, part)
+                assert {n: a.tobytes() for n, a in old.items()} == {
+                    n: a.tobytes() for n, a in new.items()
+                }
 
     def test_all_stays_float32(self, strategy: str, configured: Callable[..., RunConfig]) -> None:
         states = steps(
@@ -99,6 +117,35 @@ class TestEvery:
         assert states[-1].model["frozen"].tolist() == [7]
         assert states[-1].average["frozen"].tolist() == [7]
         assert states[-1].model["w"].tolist() != [1]
+
+
+class TestSums:
+    def test_by_hand(self) -> None:
+        parts = [{"w": np.array([n, 2.0 * n], dtype=np.float32)} for n in (1, 2, 3)]
+        assert summed(parts)["w"].tolist() == [6, 12]
+
+    def test_of_nothing(self) -> None:
+        assert summed([]) == {}
+
+    def test_in_float64(self) -> None:
+        parts = [{"w": np.array([v], dtype=np.float32)} for v in (1e8, 1.0, -1e8)]
+        assert summed(parts)["w"].tolist() == [1.0]
+
+    def test_float64_parts_keep_their_bits(self) -> None:
+        parts = [{"w": np.array([v])} for v in (1.0, 2.0**-50, 2.0**-51)]
+        assert summed(parts)["w"].dtype == np.float64
+        assert summed(parts)["w"].tolist() == [1 + 2.0**-50 + 2.0**-51]
+
+    @pytest.mark.parametrize("kind", [np.float32, np.float64])
+    def test_parts_are_not_changed(self, kind: type[np.floating]) -> None:
+        parts = [{"w": np.ones(2, dtype=kind)} for _ in range(3)]
+        summed(parts)
+        assert all(part["w"].tolist() == [1, 1] for part in parts)
+
+    def test_scaled(self) -> None:
+        found = scaled({"w": np.array([3.0])}, 1 / 6)
+        assert found["w"].dtype == np.float32
+        assert found["w"].tolist() == [0.5]
 
 
 class TestSgd:
@@ -146,7 +193,7 @@ class TestAdam:
 
 
 class TestAverage:
-    """Its decay is min(ema, t / (t + 9)) in round t."""
+    """Its decay is min(ema, t / (t + 9)) at step t."""
 
     def test_the_warm_up_by_hand(self, configured: Callable[..., RunConfig]) -> None:
         # The model goes 10, 9, 8, 7; the decays are 1/10, 2/11 and 3/12.
@@ -160,7 +207,7 @@ class TestAverage:
         )
 
     def test_it_ends_at_the_decay_asked_for(self, configured: Callable[..., RunConfig]) -> None:
-        # 0.2 is reached where t / (t + 9) is above it: in round 3 (0.25), not in 2 (0.18).
+        # 0.2 is reached where t / (t + 9) is above it: at step 3 (0.25), not at 2 (0.18).
         config = configured("sgd", rate=1.0, ema=0.2)
         states = steps(config, {"w": vector(10)}, [{"w": vector(1)}] * 4)
         averages = [float(state.average["w"][0]) for state in states]

@@ -1,12 +1,12 @@
 """The ServerApp: it reads its run configuration, runs the loop, and lets the run be watched."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedveil.config import ConfigError, RunConfig
+from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.schema import schema_to_json
 from fedveil.flower import (
@@ -65,22 +65,24 @@ class Obliging(Grid):
             self.asked += 1
             task = read_task(message.content)
             zeros = {name: np.zeros(array.shape) for name, array in task.arrays.items()}
-            yield Message(pack(Update(task.run_id, task.round, zeros)), reply_to=message)
+            head = (task.ledger[0] + 1, "a" * 64)
+            update = Update(task.run_id, task.round, task.evaluation, zeros, {}, head)
+            yield Message(pack(update), reply_to=message)
 
 
 @pytest.fixture
-def values(make_config: MakeConfig, tmp_path: Path) -> dict[str, str]:
-    """A complete run configuration."""
+def values(make_config: MakeConfig, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A complete run configuration, of a folder that is held."""
     set_identity(1, 0)
-    config = make_config(privacy={"mechanism": "none"}).resolved()
+    config = make_config(data={"holdout": 0.0}, privacy={"mechanism": "none"}).resolved()
     folder = RunFolder(tmp_path / "run")
-    folder.create()
-    return {
-        "config": config.model_dump_json(by_alias=True),
-        "schema": schema_to_json(run_schema(config)),
-        "run-id": "run-a",
-        "folder": str(folder.path),
-    }
+    with folder.locked(resume=False):
+        yield {
+            "config": config.model_dump_json(by_alias=True),
+            "schema": schema_to_json(run_schema(config)),
+            "run-id": "run-a",
+            "folder": str(folder.path),
+        }
 
 
 def start(values: dict[str, str], observe: Callable[[Event], None] = ignore) -> Obliging:
@@ -130,3 +132,25 @@ def test_an_observer_that_fails_fails_the_run(values: dict[str, str]) -> None:
     events = list(folder.events())
     assert [event["event"] for event in events] == ["run", "round", "failed"]
     assert (events[-1]["cause"], events[-1]["epsilon"]) == ("ValueError", None)
+
+
+def test_started_again_it_goes_on(values: dict[str, str]) -> None:
+    """A coordinator that was stopped in round 1 asks for round 2 next, of the same run."""
+
+    def stop(event: Event) -> None:
+        if event["event"] == "round":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(values, stop)
+    observed: list[Event] = []
+    grid = start(values, observed.append)
+    assert grid.asked == 2
+    assert [event["event"] for event in observed] == ["resumed", "round", "finished"]
+    assert (observed[0]["run_id"], observed[0]["lost"], observed[1]["round"]) == ("run-a", [], 2)
+
+
+def test_the_folder_of_another_run_is_left_alone(values: dict[str, str]) -> None:
+    start(values)
+    with pytest.raises(FedveilError, match="holds run run-a, not run-b"):
+        start(values | {"run-id": "run-b"})

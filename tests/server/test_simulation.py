@@ -1,9 +1,13 @@
-"""The local engine: real apps and messages, isolated sites, secret coins, any number of workers."""
+"""The local engine: real apps and messages, isolated sites, secret coins, ledgers that last."""
 
+import errno
+import itertools
 import os
+import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import wait
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +17,11 @@ import pytest
 import torch
 
 import fedveil
-from fedveil.config import ConfigError, RunConfig
+from fedveil.client import app as client_module
+from fedveil.client.evaluation import holdout_sums
+from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep import run_schema
+from fedveil.data_prep.schema import ImageSchema, Schema
 from fedveil.flower import (
     Array,
     ArrayRecord,
@@ -26,13 +33,36 @@ from fedveil.flower import (
     RecordDict,
     empty_run,
 )
+from fedveil.ledgers import known_heads
+from fedveil.models import Batch
 from fedveil.models.state import read_file
+from fedveil.privacy.books import (
+    Books,
+    Head,
+    order,
+)
+from fedveil.privacy.ledger import Ledger, verify
+from fedveil.privacy.limits import (
+    BudgetError,
+    DamagedError,
+    LedgerError,
+    Lifetime,
+    TermsError,
+    UnavailableError,
+)
 from fedveil.privacy.noise import Coins
+from fedveil.privacy.plan import plan
 from fedveil.server import simulation
 from fedveil.server.app import ignore
 from fedveil.server.rounds import RunError
-from fedveil.server.simulation import LocalGrid, load_shards, local_grid, run_local
-from fedveil.server.store import RunFolder
+from fedveil.server.simulation import (
+    LocalGrid,
+    load_shards,
+    local_grid,
+    run_local,
+    simulated_site,
+)
+from fedveil.server.store import Checkpoint, Event, RunFolder
 
 MakeConfig = Callable[..., RunConfig]
 Handler = Callable[[Message, Context], RecordDict]
@@ -267,10 +297,20 @@ def simulated(
     config: RunConfig, folder: Path, observe: Callable[[dict[str, Any]], None] = ignore
 ) -> dict[str, np.ndarray]:
     """The model of one whole simulation."""
-    schema = run_schema(config)
-    RunFolder(folder).create()
-    run_local(config, schema, load_shards(config, schema), folder, observe)
+    with RunFolder(folder).locked(resume=False):
+        local(config, folder, observe)
     return read_file(folder / "model.safetensors")[0]
+
+
+def local(
+    config: RunConfig,
+    folder: Path,
+    observe: Callable[[Event], None] = ignore,
+    schema: Schema | None = None,
+) -> None:
+    """One process of a simulation: it begins or goes on."""
+    schema = schema or run_schema(config)
+    run_local(config, schema, load_shards(config, schema), folder, observe)
 
 
 def digest(arrays: dict[str, np.ndarray]) -> bytes:
@@ -301,6 +341,7 @@ class TestRuns:
             federation={"sites": 5},
             privacy={"mechanism": "none"},
             aggregation={"strategy": strategy},
+            evaluation={"samples": 128},
         ).resolved()
         models = []
         for workers in (1, 2, 5):
@@ -322,14 +363,22 @@ class TestRuns:
                 models.append(digest(simulated(config, tmp_path / str(workers))))
         assert models[0] == models[1]
 
-    def test_each_site_has_a_folder_and_a_key_of_its_own(self, finished_run: fedveil.Run) -> None:
+    def test_each_site_has_a_folder_a_ledger_and_a_key_of_its_own(
+        self, finished_run: fedveil.Run
+    ) -> None:
         folders = sorted(p for p in (finished_run.path / "sites").iterdir() if p.is_dir())
-        assert [folder.name for folder in folders] == ["site-001", "site-002", "site-003"]
-        keys = [(f / "SIMULATED-split.key").read_text(encoding="utf-8") for f in folders]
-        assert len(set(keys)) == 3
-        for folder in folders:
-            assert (folder / "SIMULATED-split.key").stat().st_mode & 0o077 == 0
-            assert (folder / "cleaning.json").is_file()
+        names = ["site-001", "site-002", "site-003"]
+        assert [folder.name for folder in folders] == names
+        assert all((folder / "cleaning.json").is_file() for folder in folders)
+        home = finished_run.path / "ledger"
+        assert {file.name for file in home.iterdir()} == {
+            name + ending for name in names for ending in (".sqlite", ".SIMULATED-split.key")
+        }
+        assert all(file.stat().st_mode & 0o077 == 0 for file in home.iterdir())
+        secret = [(home / f"{n}.SIMULATED-split.key").read_text(encoding="ascii") for n in names]
+        assert len(set(secret)) == 3
+        assert all(len(bytes.fromhex(key)) == 32 for key in secret)
+        assert [books(home, name).opened["site"] for name in names] == names
 
     @pytest.mark.parametrize("mechanism", ["none", "central", "local"])
     def test_a_failing_site_takes_part_and_says_why_to_itself_only(
@@ -338,9 +387,8 @@ class TestRuns:
         """The federation is not told; whoever simulates one is, at the end of the round."""
         config = make_config(privacy={"mechanism": mechanism}).resolved()
         folder = RunFolder(tmp_path / "run")
-        folder.create()
         log = folder.path / "sites" / "site.log"
-        with pytest.raises(RunError) as caught:
+        with folder.locked(resume=False), pytest.raises(RunError) as caught:
             run_spoilt(config, folder, [3])
         assert str(caught.value).startswith("site-003: ")
         assert str(log) in str(caught.value)
@@ -364,27 +412,53 @@ class TestRuns:
     ) -> None:
         config = make_config(federation={"sites": 5}, privacy={"mechanism": "none"}).resolved()
         folder = RunFolder(tmp_path / "run")
-        folder.create()
-        with pytest.raises(RunError, match=r"^site-001, site-002, site-004, \.\.\.: "):
+        with (
+            folder.locked(resume=False),
+            pytest.raises(RunError, match=r"^site-001, site-002, site-004, \.\.\.: "),
+        ):
             run_spoilt(config, folder, [1, 2, 4, 5])
         assert list(folder.events())[-1]["event"] == "failed"
 
     def test_all_sites_failing_is_no_finished_run(
         self, make_config: MakeConfig, tmp_path: Path
     ) -> None:
-        config = make_config(privacy={"mechanism": "none"}).resolved()
+        config = make_config(privacy={"mechanism": "none"}, evaluation={"samples": 128}).resolved()
         folder = RunFolder(tmp_path / "run")
-        folder.create()
-        with pytest.raises(RunError, match=r"^site-001, site-002, site-003: "):
+        with (
+            folder.locked(resume=False),
+            pytest.raises(RunError, match=r"^site-001, site-002, site-003: "),
+        ):
             run_spoilt(config, folder, [1, 2, 3])
         assert list(folder.events())[-1]["event"] == "failed"
 
     def test_without_a_failure_there_is_neither_error_nor_log(
         self, make_config: MakeConfig, tmp_path: Path
     ) -> None:
-        config = make_config(privacy={"mechanism": "none"}).resolved()
+        config = make_config(privacy={"mechanism": "none"}, evaluation={"samples": 128}).resolved()
         simulated(config, tmp_path / "run")
         assert not (tmp_path / "run" / "sites" / "site.log").exists()
+
+    def test_one_that_fails_in_the_last_evaluation_only_is_told_of_too(
+        self, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No round comes after it whose end would tell."""
+
+        def fail(module: Any, exam: Any, records: Batch, *rest: Any) -> Any:  # noqa: ANN401
+            if len(records.y):
+                raise ValueError(PLANTED)
+            return holdout_sums(module, exam, records, *rest)
+
+        monkeypatch.setattr(client_module, "holdout_sums", fail)
+        config = make_config(
+            privacy={"mechanism": "none"}, evaluation={"every": 0, "samples": 128}
+        ).resolved()
+        folder = RunFolder(tmp_path / "run")
+        with (
+            folder.locked(resume=False),
+            pytest.raises(RunError, match=r"^site-001, site-002, site-003: "),
+        ):
+            local(config, folder.path)
+        assert PLANTED not in (folder.path / "events.jsonl").read_text(encoding="utf-8")
 
 
 def run_spoilt(config: RunConfig, folder: RunFolder, failing: Collection[int]) -> None:
@@ -400,15 +474,375 @@ def run_spoilt(config: RunConfig, folder: RunFolder, failing: Collection[int]) -
 
 def equal_secrets(patch: pytest.MonkeyPatch) -> None:
     """Gives the sites and the server of the next run the same secrets every time."""
-    numbers = iter(range(1000))
+    numbers = itertools.count()
 
     def next_key(count: int = 32) -> bytes:
         return next(numbers).to_bytes(count, "big")
 
-    secrets = SimpleNamespace(
-        token_bytes=next_key,
-        token_hex=lambda count: os.urandom(count).hex(),
-        randbits=lambda _: 77,
-    )
+    secrets = SimpleNamespace(token_hex=lambda count: next_key(count).hex(), randbits=lambda _: 77)
     patch.setattr(simulation, "secrets", secrets)
     patch.setattr(Coins, "from_system", classmethod(lambda cls: cls(next_key())))
+
+
+def books(home: Path, name: str = "site-001") -> Books:
+    """What a simulated site's ledger says; it is verified first."""
+    return verify(home / f"{name}.sqlite").books
+
+
+def heads(home: Path) -> dict[str, Head]:
+    """The heads of all ledgers."""
+    return {file.stem: books(home, file.stem).head for file in sorted(home.glob("*.sqlite"))}
+
+
+def secrets_of(home: Path) -> dict[str, bytes]:
+    """All split keys."""
+    return {file.name: file.read_bytes() for file in sorted(home.glob("*.key"))}
+
+
+def stopping(event: str, number: int) -> Callable[[Event], None]:
+    """An observer that interrupts the run at one of its events."""
+
+    def observe(seen: Event) -> None:
+        if (seen["event"], seen.get("round")) == (event, number):
+            raise KeyboardInterrupt
+
+    return observe
+
+
+class TestResume:
+    """Real sites with real ledgers; what the server does by itself stands in test_rounds.py."""
+
+    @pytest.fixture
+    def config(self, make_config: MakeConfig) -> RunConfig:
+        """Three rounds and two evaluations, without a mechanism."""
+        return make_config(
+            federation={"rounds": 3},
+            privacy={"mechanism": "none"},
+            evaluation={"every": 2, "samples": 128},
+        ).resolved()
+
+    def test_ledgers_and_keys_are_made_once(self, config: RunConfig, tmp_path: Path) -> None:
+        folder, home = tmp_path / "run", tmp_path / "run" / "ledger"
+        with RunFolder(folder).locked(resume=False):
+            with pytest.raises(KeyboardInterrupt):
+                local(config, folder, stopping("round", 1))
+            before, known = secrets_of(home), heads(home)
+            assert {name: books(home, name).opened["simulated"] for name in known} == {
+                "site-001": True, "site-002": True, "site-003": True,
+            }  # fmt: skip
+        with RunFolder(folder).locked(resume=True):
+            local(config, folder)
+        assert secrets_of(home) == before
+        for name, head in known.items():
+            # Each ledger goes on from where it was, with the same run.
+            found = verify(home / f"{name}.sqlite", head).books
+            [(run_id, run)] = found.runs.items()
+            assert run_id == RunFolder(folder).read_json("metrics.json")["run_id"]
+            assert run.made == {"rounds": 3, "evaluations": 2}
+            assert len(found.datasets) == 1
+        assert known_heads(folder) == heads(home)
+
+    def test_a_release_that_was_committed_and_lost_counts(
+        self, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, home = tmp_path / "run", tmp_path / "run" / "ledger"
+        save = RunFolder.save_checkpoint
+
+        def lose(self: RunFolder, checkpoint: Checkpoint) -> None:
+            if checkpoint.state.round == 2:
+                raise KeyboardInterrupt
+            save(self, checkpoint)
+
+        with RunFolder(folder).locked(resume=False), monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_checkpoint", lose)
+            with pytest.raises(KeyboardInterrupt):
+                local(config, folder)
+        assert books(home).runs.popitem()[1].made == {"rounds": 2, "evaluations": 0}
+        with RunFolder(folder).locked(resume=True):
+            local(config, folder)
+        metrics = RunFolder(folder).read_json("metrics.json")
+        assert (metrics["rounds"], metrics["steps"]) == (3, 2)
+        for name in heads(home):
+            run = books(home, name).runs[metrics["run_id"]]
+            assert run.made == run.last == {"rounds": 3, "evaluations": 1}
+        assert metrics["ledgers"] == {
+            str(node): {"count": head.number, "head": head.hash}
+            for node, head in enumerate(heads(home).values(), start=1)
+        }
+
+    def test_a_ledger_that_was_put_back_meanwhile_is_noticed(
+        self, config: RunConfig, tmp_path: Path
+    ) -> None:
+        """By its head, which the server knows; nothing has run then."""
+        folder, old = tmp_path / "run", tmp_path / "old.sqlite"
+        ledger = folder / "ledger" / "site-002.sqlite"
+        with RunFolder(folder).locked(resume=False):
+            for number in (1, 2):
+                if number == 2:
+                    shutil.copy(ledger, old)
+                with pytest.raises(KeyboardInterrupt):
+                    local(config, folder, stopping("round", number))
+            shutil.copy(old, ledger)
+            events, asked = list(RunFolder(folder).events()), RunFolder(folder).asked()
+            with pytest.raises(DamagedError, match=r"^site-002: .* older copy"):
+                local(config, folder)
+        assert list(RunFolder(folder).events()) == events
+        assert RunFolder(folder).asked() == asked
+
+    def test_a_full_disk_is_one_line_and_no_end(
+        self, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From any sync on, that of a ledger or of a key as well; resumed, the run ends."""
+        config = make_config(
+            federation={"sites": 2, "rounds": 1},
+            data={"holdout": 0.0},
+            privacy={"mechanism": "none"},
+        ).resolved()
+        sync = os.fsync
+        for at in itertools.count(1):
+            folder, calls = RunFolder(tmp_path / str(at)), itertools.count(1)
+
+            def limited(
+                descriptor: int, at: int = at, calls: "itertools.count[int]" = calls
+            ) -> None:
+                if next(calls) >= at:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                sync(descriptor)
+
+            with folder.locked(resume=False):
+                cause = "No space left on device"
+                with monkeypatch.context() as patch:
+                    patch.setattr(os, "fsync", limited)
+                    try:
+                        local(config, folder.path)
+                    except FedveilError as error:
+                        cause = str(error)
+                assert "No space left on device" in cause
+                assert "\n" not in cause
+                if next(calls) <= at:
+                    break
+                local(config, folder.path)
+            metrics = folder.read_json("metrics.json")
+            assert metrics["rounds"] == 1
+            for name in heads(folder.path / "ledger"):
+                run = books(folder.path / "ledger", name).runs.get(metrics["run_id"])
+                assert metrics["steps"] <= (run.made["rounds"] if run else 0) <= 1
+        assert at > 15
+
+
+def durable(home: Path, **changes: Mapping[str, Any]) -> RunConfig:
+    """A run of epsilon 1 over a data set that has 2; soon priced, for nothing is sampled."""
+    options: dict[str, dict[str, Any]] = {
+        "federation": {"sites": 2, "rounds": 1},
+        "data": {"source": "sklearn:digits", "ledger": str(home), "dataset_id": "wards"},
+        "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
+        "privacy": {"epsilon": 1.0, "sampling_rate": 1.0},
+        "evaluation": {"every": 0, "samples": 128},
+        "policy": {"epsilon_lifetime": 2.0, "delta_lifetime": 1e-3},
+    }
+    for section, values in changes.items():
+        options.setdefault(section, {}).update(values)
+    return RunConfig.model_validate(options).resolved()
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Durable ledgers and keys after one run."""
+    home = tmp_path_factory.mktemp("used") / "home"
+    simulated(durable(home), home.parent / "first")
+    return home
+
+
+def identity(found: os.stat_result) -> tuple[int, int]:
+    """Which file it is, by whatever name."""
+    return found.st_dev, found.st_ino
+
+
+class TestDurableLedgers:
+    """One data set, several runs: `data.ledger` outlives the run folders."""
+
+    @pytest.fixture
+    def home(self, used: Path, tmp_path: Path) -> Path:
+        """Where ledgers and keys are kept, after one run over the data set."""
+        return Path(shutil.copytree(used, tmp_path / "home"))
+
+    @pytest.fixture
+    def opened(self, tmp_path: Path) -> Path:
+        """The same before any run: one ledger was made and nothing else."""
+        (tmp_path / "opened").mkdir()
+        Ledger.create(tmp_path / "opened" / "site-001.sqlite", "site-001", simulated=True)
+        return tmp_path / "opened"
+
+    def refused(
+        self,
+        home: Path,
+        config: RunConfig,
+        kind: type[LedgerError],
+        reason: str,
+        schema: Schema | None = None,
+    ) -> str:
+        """Nothing has run and nothing was written down; why."""
+        before, known, folder = secrets_of(home), heads(home), RunFolder(home.parent / "refused")
+        seen: list[Event] = []
+        with folder.locked(resume=False), pytest.raises(kind, match=reason) as caught:
+            local(config, folder.path, seen.append, schema)
+        assert "\n" not in str(caught.value)
+        assert seen == []
+        assert not (folder.path / "events.jsonl").exists()
+        assert list((folder.path / "checkpoint").iterdir()) == []
+        assert list(folder.path.glob("sites/*/cleaning.json")) == []
+        assert secrets_of(home) == before
+        assert heads(home) == known
+        return str(caught.value)
+
+    def test_runs_add_up_until_the_budget_is_used(self, home: Path, tmp_path: Path) -> None:
+        config, keys, after_one = durable(home), secrets_of(home), heads(home)
+        price = plan(config)
+        assert price.training_epsilon is not None
+        assert price.holdout_epsilon is not None
+        simulated(config, tmp_path / "second")
+        assert not (tmp_path / "second" / "ledger").exists()
+        assert secrets_of(home) == keys
+        assert len(set(keys.values())) == 2
+        run_id = RunFolder(tmp_path / "second").read_json("metrics.json")["run_id"]
+        for name, head in after_one.items():
+            # The same ledger, gone on with: what it was is still in it.
+            found = verify(home / f"{name}.sqlite", head).books
+            assert list(found.runs)[1:] == [run_id]
+            assert list(found.datasets) == ["wards"]
+            assert {str(s.account): s.epsilon for s in found.statements()} == {
+                "account wards/record/training": pytest.approx(2 * price.training_epsilon),
+                "account wards/record/holdout": pytest.approx(2 * price.holdout_epsilon),
+            }
+        # A third run would make it 3 of 2.
+        text = self.refused(home, config, BudgetError, "^site-001: account wards/record/training: ")
+        spent, asked = 2 * price.training_epsilon, price.training_epsilon
+        assert f"epsilon {spent:.6g} of 2 is spent, {asked:.6g} more is asked" in text
+        assert f"which makes {spent + asked:.6g} by addition" in text
+
+    def test_one_site_that_has_spent_it_elsewhere_is_enough(self, home: Path) -> None:
+        config = durable(home)
+        ledger = Ledger.open(home / "site-002.sqlite")
+        ledger.reserve(order("elsewhere", "0" * 64, "wards", plan(config)), Lifetime(2.0, 1e-3))
+        ledger.close()
+        self.refused(home, config, BudgetError, "^site-002: account wards/record/training: ")
+
+    def test_another_data_set_has_an_account_of_its_own(self, home: Path, tmp_path: Path) -> None:
+        """Where there is no more left for the first one."""
+        tight = {"policy": {"epsilon_lifetime": 1.0}}
+        self.refused(home, durable(home, **tight), BudgetError, "account wards/record/training")
+        other = durable(home, data={"dataset_id": "clinics"}, **tight)
+        simulated(other, tmp_path / "other")
+        accounts = [statement.account.dataset_id for statement in books(home).statements()]
+        assert accounts == ["clinics", "clinics", "wards", "wards"]
+
+    def test_a_lost_ledger_is_not_made_anew(self, home: Path) -> None:
+        """Its key is there, so that there was one: a new one would forget what is spent."""
+        (home / "site-001.sqlite").unlink()
+        self.refused(home, durable(home), UnavailableError, "site-001.* put the ledger back")
+        assert not (home / "site-001.sqlite").exists()
+
+    def test_a_lost_key_is_not_made_anew(self, home: Path) -> None:
+        """Records that were trained on would be held out, unpaid."""
+        key = home / "site-002.SIMULATED-split.key"
+        key.unlink()
+        self.refused(home, durable(home), UnavailableError, f"{key.name}: is missing; put it back")
+        assert not key.exists()
+
+    def test_but_one_that_was_never_used_is(self, opened: Path, tmp_path: Path) -> None:
+        """A crash after the making of a ledger leaves it without its key."""
+        simulated(durable(opened), tmp_path / "first")
+        assert [len(bytes.fromhex(key.decode())) for key in secrets_of(opened).values()] == [32, 32]
+
+    def test_a_key_is_on_the_disk_before_a_record_has_a_side(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or a power cut could leave a ledger of a data set whose sides nobody knows any more."""
+        synced: list[tuple[int, int]] = []
+        sync, bind = os.fsync, Ledger.bind
+
+        def noted(descriptor: int) -> None:
+            synced.append(identity(os.fstat(descriptor)))
+            sync(descriptor)
+
+        def checked(self: Ledger, dataset_id: str, terms: Mapping[str, Any]) -> None:
+            key = self.path.with_suffix(".SIMULATED-split.key")
+            first = synced.index(identity(key.stat()))
+            assert identity(key.parent.stat()) in synced[first:]
+            bind(self, dataset_id, terms)
+
+        monkeypatch.setattr(os, "fsync", noted)
+        monkeypatch.setattr(Ledger, "bind", checked)
+        simulated(durable(tmp_path / "new"), tmp_path / "first")
+        assert len(secrets_of(tmp_path / "new")) == 2
+
+    def test_two_processes_that_begin_at_once_agree_on_a_key(self, tmp_path: Path) -> None:
+        """Whoever is first makes it; a site with two would split one data set in two ways."""
+        config, workers = durable(tmp_path), 4
+        barrier = threading.Barrier(workers)
+
+        def begin(home: Path, worker: int) -> bytes:
+            barrier.wait(60)
+            site = simulated_site(1, None, home / f"run-{worker}", home, config)
+            site.close()
+            return site._split_key
+
+        with ThreadPoolExecutor(workers) as pool:
+            for attempt in range(25):
+                home = tmp_path / str(attempt)
+                keys = set(pool.map(partial(begin, home), range(workers)))
+                assert len(keys) == 1
+                assert {f"{key.hex()}\n".encode() for key in keys} == {*secrets_of(home).values()}
+                assert books(home).opened["site"] == "site-001"
+                assert list(home.glob("*.partial")) == []  # no draft is left behind
+
+    @pytest.mark.parametrize("content", ["", "no key", "ab" * 31, "ab" * 33])
+    def test_a_damaged_key_is_refused(self, opened: Path, content: str) -> None:
+        (opened / "site-001.SIMULATED-split.key").write_text(content, encoding="ascii")
+        self.refused(opened, durable(opened), UnavailableError, "site-001.*: holds no split key")
+
+    def test_another_key_is_refused(self, home: Path) -> None:
+        (home / "site-001.SIMULATED-split.key").write_text("ab" * 32, encoding="ascii")
+        text = self.refused(home, durable(home), TermsError, 'data set "wards": split_key = ')
+        assert "ab" * 8 not in text  # only hashes of it are named
+
+    @pytest.mark.parametrize(
+        ("changes", "change"),
+        [
+            ({"data": {"holdout": 0.2}}, "holdout = 0.2: was 0.1 in its first run"),
+            ({"data": {"audit": 0.1}}, "audit = 0.1: was 0.0 in its first run"),
+            ({"clean": {"out_of_bounds": "drop"}}, "identity = "),
+            ({"federation": {"seed": 1}}, "shared_out = iid to 2 sites, seed 1, "),
+            ({"federation": {"sites": 1}}, "shared_out = iid to 1 sites, seed 0, "),
+            ({"data": {"partition": "column", "column": "label"}}, "shared_out = column to 2"),
+        ],
+    )
+    def test_nothing_that_decides_on_sides_may_change(
+        self, home: Path, changes: dict[str, dict[str, Any]], change: str
+    ) -> None:
+        """A record that was trained on would be held out, or the other way round."""
+        text = self.refused(home, durable(home, **changes), TermsError, change)
+        assert text.startswith('site-001: data set "wards": ')
+        assert "a record may never change its side; keep it" in text
+
+    def test_nor_the_schema_that_records_are_known_by(self, home: Path) -> None:
+        turned = ImageSchema(height=8, width=8, classes=tuple("9876543210"))
+        self.refused(home, durable(home), TermsError, "identity = ", turned)
+
+    def test_what_decides_on_no_side_may(self, home: Path, tmp_path: Path) -> None:
+        """Another model and other options of training are another run over the same data."""
+        other = durable(home, model={"latent": 3}, training={"learning_rate": 0.1})
+        simulated(other, tmp_path / "other")
+        assert len(books(home).runs) == 2
+
+    def test_without_a_mechanism_no_budget_pays(
+        self, make_config: MakeConfig, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match=r'no budget pays for .*mechanism = "none"'):
+            fedveil.simulate(
+                make_config(privacy={"mechanism": "none"}),
+                out=tmp_path / "run",
+                data={"ledger": str(tmp_path / "home"), "dataset_id": "wards"},
+                policy={"epsilon_lifetime": 2.0, "delta_lifetime": 1e-3},
+            )
+        assert list(tmp_path.iterdir()) == []
