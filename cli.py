@@ -148,9 +148,13 @@ def evaluate(
 ) -> None:
     """Exact figures of a run's model for records of your own: NOT PRIVATE."""
     from .api import load
+    from .data_prep.clean import DataError
 
     loaded = load(run)
-    found = loaded.evaluate(data)
+    try:
+        found = loaded.evaluate(data)
+    except DataError as error:
+        raise DataError(str(error).replace("data.source = ", "--data ")) from None
     if as_json:
         typer.echo(json.dumps({**found, "run_id": loaded.metrics["run_id"]}))
         return
@@ -323,10 +327,10 @@ def _figure(value: Any) -> str:  # noqa: ANN401
 
 def _print_resumed(event: dict[str, Any], console: "Console") -> None:
     for fault in event["damaged"]:
-        console.print(f"{fault}; went back to the checkpoint before", markup=False)
+        console.print(f"{fault}; went back to the checkpoint before", markup=False, soft_wrap=True)
     lost = ", ".join(map(str, event["lost"]))
     told = f"; round {lost} was cut off and counts as spent" if lost else ""
-    console.print(f"resumed after round {event['round']}{told}", markup=False)
+    console.print(f"resumed after round {event['round']}{told}", markup=False, soft_wrap=True)
 
 
 @contextmanager

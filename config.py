@@ -392,11 +392,6 @@ class RunConfig(Options):
                 ),
                 "aggregation": Aggregation(strategy=self.strategy),
                 "evaluation": self.evaluation.model_copy(update={"every": self.evaluate_every}),
-                "policy": self.policy.model_copy(
-                    update=dict(
-                        zip(("epsilon_lifetime", "delta_lifetime"), self.lifetime, strict=True)
-                    )
-                ),
             }
         )
 

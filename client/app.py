@@ -130,8 +130,11 @@ def _work(
         return _without_fail(work, config, schema, site)
 
     if task.round:
+        loaded(task.arrays)  # what cannot be loaded fails before a record is read
         arrays = part(training)
     if task.evaluation:
+        loaded(task.released)
+        exam_from_arrays(task.exam, schema)
         sums = {f"holdout/{name}": total for name, total in part(holdout).items()}
         if priced.figures_noise:
             sums |= {f"training/{name}": total for name, total in part(figures).items()}

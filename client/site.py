@@ -135,7 +135,6 @@ class Site:
         """
         about = (schema, config.clean, config.data.holdout, config.data.audit)
         if self._records is None or self._about != about:
-            self._about = about
             kind = modality(schema)
             cleaned, report = kind.clean(self._read(), schema, config.clean)
             if self._folder is not None:
@@ -154,6 +153,7 @@ class Site:
                 holdout=_batch(encoded.take(sides.holdout)),
                 audit=_batch(encoded.take(sides.audit)),
             )
+            self._about = about
         return self._records
 
     def _split_terms(self, config: RunConfig, schema: Schema) -> dict[str, Any]:

@@ -32,7 +32,7 @@ _FLOOR_DRAWS = 50
 
 
 class ExamError(FedveilError):
-    """Questions that are none of ours."""
+    """Questions that are none of ours, or that nobody can ask."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,13 @@ def loss_noise_scale(noise_multiplier: float) -> float:
 
 
 def prepare(synthetic: Batch, schema: Schema, seed: int) -> Exam:
-    """Makes the questions from synthetic records: free of any privacy cost."""
+    """Makes the questions from synthetic records: free of any privacy cost.
+
+    Raises:
+        ExamError: The records are not finite.
+    """
+    if not synthetic.x.isfinite().all():
+        raise ExamError("synthetic records: are not finite; lower training.learning_rate")
     one_way, two_way = _histograms(synthetic, schema)
     return Exam(tuple(_fit(synthetic, schema, seed)), one_way, two_way)
 

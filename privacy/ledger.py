@@ -7,7 +7,6 @@ immediate transaction, synced to the disk before it counts. What the entries mea
 
 import errno
 import json
-import math
 import os
 import sqlite3
 import stat
@@ -24,7 +23,7 @@ from ..config import FedveilError
 from ..files import draft_of, publish
 from .accounting import events_epsilon
 from .books import EMPTY, Books, Entry, Head, Order, canonical, events_of, sealed
-from .limits import DamagedError, Lifetime, UnavailableError
+from .limits import DamagedError, LedgerError, Lifetime, UnavailableError
 from .plan import Side
 
 _APPLICATION = 0x46564C47  # "FVLG", where SQLite says whose file it is
@@ -271,8 +270,9 @@ class Ledger:
                 self._catch_up()
                 before = self._books.head
                 yield self._books
-            except BaseException:
-                if self._books.head != before:  # ahead of the file: they are read anew
+            except BaseException as error:
+                # Ahead of the file, or cut off in the middle of an entry: they are read anew.
+                if self._books.head != before or not isinstance(error, LedgerError):
                     self._books = Books()
                 raise
             finally:
@@ -387,14 +387,14 @@ def _recomputed(
         for charge in run.reservation.charges:
             stated = charge.epsilon
             try:
-                real = events_epsilon(events_of(charge), charge.delta, stated or math.inf)
+                real = events_epsilon(events_of(charge), charge.delta, stated or 10.0)
             except (FedveilError, ArithmeticError, TypeError, ValueError) as error:
                 raise DamagedError(
                     f"{path}: run {run_id}, {charge.side}: nobody can price it: {error}; put a "
                     "whole copy back"
                 ) from None
-            # Two ways to compute one bound, on grids that need not be the same.
-            if stated is not None and (real is None or real > stated * (1 + 1e-4)):
+            # Two ways to compute one bound, on grids that need not be the same: 1 % is known.
+            if stated is not None and (real is None or real > stated * 1.01):
                 raise DamagedError(
                     f"{path}: run {run_id}, {charge.side}: epsilon {stated} is stated, its "
                     f"releases cost {real}; put a whole copy back"
@@ -439,7 +439,9 @@ def _identity(path: Path) -> tuple[int, int]:
 def _keep_journal(connection: sqlite3.Connection) -> None:
     """WAL, which other tools may have changed, and a sync before anything counts."""
     if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-        connection.execute("PRAGMA journal_mode = WAL")
+        kept = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if kept != "wal":
+            raise sqlite3.OperationalError(f"the disk keeps the journal as {kept}, not as WAL")
     connection.execute("PRAGMA synchronous = FULL")
 
 

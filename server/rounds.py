@@ -150,6 +150,7 @@ def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
         run_id=run.run_id,
         sites=len(run.nodes),
     )
+    run.folder.forget_after(point.state.round)
 
 
 def _round(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:

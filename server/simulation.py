@@ -113,10 +113,7 @@ def run_local(
     if point is None:
         store.describe(config, schema)
     home = Path(config.data.ledger) if config.data.ledger else folder / "ledger"
-    sites = {
-        node: simulated_site(node, raw, folder, home, config)
-        for node, raw in enumerate(shards.parts, start=1)
-    }
+    sites: dict[int, Site] = {}
     app = client_app(lambda context: sites[context.node_id])
     values = {
         "config": config.model_dump_json(by_alias=True),
@@ -137,8 +134,9 @@ def run_local(
             )
 
     with ExitStack() as stack:
-        for site in sites.values():
-            stack.callback(site.close)
+        for node, raw in enumerate(shards.parts, start=1):
+            sites[node] = simulated_site(node, raw, folder, home, config, shards.report.records)
+            stack.callback(sites[node].close)
         _check_ledgers(sites, run_id, point.ledgers if point else {}, config, schema)
         stack.enter_context(_site_log(folder / "sites" / "site.log"))
         grid = stack.enter_context(local_grid(app, list(sites), number))
@@ -152,6 +150,7 @@ def simulated_site(
     folder: Path,
     home: Path,
     config: RunConfig,
+    records: int,
 ) -> Site:
     """A site with its ledger and its secrets, made where they are missing.
 
@@ -164,6 +163,7 @@ def simulated_site(
         folder: The run folder.
         home: Where its ledger and its split key are.
         config: The run.
+        records: How many raw records all sites share: one more may change who holds which.
 
     Raises:
         LedgerError: The ledger cannot be used, or ledger and key are not of one site.
@@ -196,7 +196,8 @@ def simulated_site(
         Lifetime(epsilon, delta, config.policy.composition),
         {
             "shared_out": f"{data.partition} to {config.federation.sites} sites, seed "
-            f"{config.federation.seed}, alpha {data.alpha:g}, column {data.column}"
+            f"{config.federation.seed}, alpha {data.alpha:g}, column {data.column}, of "
+            f"{records} records"
         },
     )
     return Site(name, lambda: raw, _read_key(key_file), budget, Coins.from_system(), own)

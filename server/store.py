@@ -80,22 +80,7 @@ class RunFolder:
             ConfigError: It holds something already (and nothing is resumed), is another process's,
                 or cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Before the lock: a folder that is somebody else's is not written into.
-            if not resume and any(self.path.iterdir()):
-                raise ConfigError(
-                    f"--out {self.path}: is not empty; choose another folder, or --resume what is "
-                    "in it"
-                )
-            if any(self.path.iterdir()) and not (self.path / ".lock").exists():
-                raise ConfigError(f"--resume {self.path}: holds no run; check the path")
-            lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(
-                f"--out {self.path}: cannot be written ({error.strerror}); choose another folder"
-            ) from None
-        with lock:
+        with self._lock(resume=resume) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -105,15 +90,39 @@ class RunFolder:
             # Once more: another process may have come and gone since.
             if not resume and [*self.path.iterdir()] != [self.path / ".lock"]:
                 raise ConfigError(f"--out {self.path}: is not empty; choose another folder")
-            try:
-                (self.path / "checkpoint").mkdir(exist_ok=True)
-                for folder in (self.path, self.path.parent):
-                    sync_folder(folder)
-            except OSError as error:
-                raise ConfigError(
-                    f"--out {self.path}: cannot be written ({error.strerror}); choose another"
-                ) from None
+            self._prepare()
             yield
+
+    def _lock(self, *, resume: bool) -> IO[str]:
+        """The lock file; a folder that is somebody else's is not written into."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resume and any(self.path.iterdir()):
+                raise ConfigError(
+                    f"--out {self.path}: is not empty; choose another folder, or --resume what is "
+                    "in it"
+                )
+            if any(self.path.iterdir()) and not (self.path / ".lock").exists():
+                raise ConfigError(f"--resume {self.path}: holds no run; check the path")
+            return (self.path / ".lock").open("w")
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _prepare(self) -> None:
+        """Under the lock: what is half-written here is of a process that was killed."""
+        try:
+            (self.path / "checkpoint").mkdir(exist_ok=True)
+            for folder in (self.path, self.path.parent):
+                sync_folder(folder)
+            for draft in self.path.rglob(".*.partial"):
+                draft.unlink()
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"--out {self.path}: cannot be written ({error.strerror}); choose another folder"
+        )
 
     def describe(self, config: RunConfig, schema: Schema) -> None:
         """Writes what the run is: `config.toml`, `schema.json`, `environment.json`."""
@@ -246,6 +255,13 @@ class RunFolder:
             raise FedveilError(f"{self.path}: its checkpoints are gone; begin a new run")
         return None, []
 
+    def forget_after(self, number: int) -> None:
+        """Removes checkpoints of later rounds: damaged ones, which must not push out whole ones."""
+        for path in self._checkpoints():
+            if int(path.stem) > number:
+                with suppress(OSError):
+                    path.unlink()
+
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoint").glob("[0-9]*.safetensors"))
 
@@ -266,7 +282,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
             ledgers={int(node): (head[0], head[1]) for node, head in facts["ledgers"].items()},
             seconds=facts["seconds"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise FedveilError(f"{path}: holds no checkpoint of ours") from None
 
 

@@ -643,7 +643,7 @@ def test_resolved_writes_the_derived_values_in() -> None:
     assert found.data.dataset_id == "fedveil"
     assert found.privacy.epsilon_holdout == 3.0
     assert found.evaluation.every == 50
-    assert (found.policy.epsilon_lifetime, found.policy.delta_lifetime) == (3.0, 1e-5)
+    assert (found.policy.epsilon_lifetime, found.lifetime) == (None, (3.0, 1e-5))
 
 
 # shared().

@@ -498,13 +498,21 @@ class TestPreparedClassifiers:
         assert {v for name, v in found.items() if "auroc" in name} <= {0.5}
 
     @pytest.mark.parametrize("name", ["table-2", "image-2"])
-    def test_scores_are_cut_at_ascending_places_and_one_half(self, name: str) -> None:
+    def test_scores_are_cut_at_one_half_and_into_equal_shares_of_the_synthetic_ones(
+        self, name: str
+    ) -> None:
         schema = SCHEMAS[name]
-        labels = np.random.default_rng(3).integers(0, 2, 300)
-        for probe in prepare(synthetic(schema, labels), schema, seed=1).probes:
+        drawn = synthetic(schema, np.random.default_rng(3).integers(0, 2, 330))
+        exam = prepare(drawn, schema, seed=1)
+        sums = asked(schema, drawn, exam)
+        for probe in exam.probes:
             assert len(probe.edges) == BINS - 1
             assert (np.diff(probe.edges) >= 0).all()
             assert 0.5 in probe.edges
+            # Ten quantiles make eleven parts of 30; one half cuts one of them in two.
+            parts = sums[f"tstr_{probe.name}"].sum(axis=0)
+            assert sorted(parts)[2:] == [30] * 10
+            assert sorted(parts)[:2] == [parts.min(), 30 - parts.min()]
 
     def test_synthetic_histograms_are_made_as_those_of_records(self) -> None:
         schema = SCHEMAS["table-2"]

@@ -574,7 +574,7 @@ class TestSecrets:
         self, make_config: MakeConfig, tmp_path: Path
     ) -> None:
         sites = [
-            simulated_site(node, None, tmp_path / run, tmp_path / run / "ledger", make_config())
+            simulated_site(node, None, tmp_path / run, tmp_path / run / "ledger", make_config(), 9)
             for run in ("a", "b")
             for node in (1, 2)
         ]

@@ -6,6 +6,7 @@ The checks of scale are exact chi-squared bounds with a false-alarm rate of 1e-7
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedveil.config import MechanismName, RunConfig
+from fedveil.config import FedveilError, MechanismName, RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.schema import ImageSchema
 from fedveil.models import Batch, family, metrics
@@ -161,6 +162,19 @@ class TestQuestions:
     def test_of_another_model_are_refused(self, config: RunConfig) -> None:
         with pytest.raises(StateError):
             questions({"w": np.zeros(3, dtype=np.float32)}, config, run_schema(config))
+
+    @pytest.mark.parametrize("name", ["config", "digits"])
+    def test_of_a_model_that_has_blown_up_are_our_error(
+        self, name: str, request: pytest.FixtureRequest
+    ) -> None:
+        """Its weights are finite, but what it draws may not be; no library's error is passed on."""
+        config: RunConfig = request.getfixturevalue(name)
+        rng, huge = np.random.default_rng(0), released(config)
+        for part, array in huge.items():
+            if "decoder" in part:
+                huge[part] = (1e25 * rng.standard_normal(array.shape)).astype(np.float32)
+        with suppress(FedveilError):
+            questions(huge, config, run_schema(config))
 
 
 class TestExpectedSums:

@@ -759,22 +759,16 @@ class TestDurableLedgers:
     ) -> None:
         """Or a power cut could leave a ledger of a data set whose sides nobody knows any more."""
         synced: list[tuple[int, int]] = []
-        sync, bind = os.fsync, Ledger.bind
+        sync, home = os.fsync, tmp_path / "home"
 
         def noted(descriptor: int) -> None:
             synced.append(identity(os.fstat(descriptor)))
             sync(descriptor)
 
-        def checked(self: Ledger, dataset_id: str, terms: Mapping[str, Any]) -> None:
-            key = self.path.with_suffix(".SIMULATED-split.key")
-            first = synced.index(identity(key.stat()))
-            assert identity(key.parent.stat()) in synced[first:]
-            bind(self, dataset_id, terms)
-
         monkeypatch.setattr(os, "fsync", noted)
-        monkeypatch.setattr(Ledger, "bind", checked)
-        simulated(durable(tmp_path / "new"), tmp_path / "first")
-        assert len(secrets_of(tmp_path / "new")) == 2
+        simulated_site(1, None, tmp_path / "run", home, durable(home), 9).close()
+        first = synced.index(identity((home / "site-001.SIMULATED-split.key").stat()))
+        assert identity(home.stat()) in synced[first:]
 
     def test_two_processes_that_begin_at_once_agree_on_a_key(self, tmp_path: Path) -> None:
         """Whoever is first makes it; a site with two would split one data set in two ways."""
@@ -783,7 +777,7 @@ class TestDurableLedgers:
 
         def begin(home: Path, worker: int) -> bytes:
             barrier.wait(60)
-            site = simulated_site(1, None, home / f"run-{worker}", home, config)
+            site = simulated_site(1, None, home / f"run-{worker}", home, config, 9)
             site.close()
             return site._split_key
 
