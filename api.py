@@ -79,9 +79,13 @@ def _same_config(run: Run, resolved: RunConfig, schema: Schema) -> None:
         for key, value in options.items():
             if before[section][key] != value:
                 raise ConfigError(
-                    f"{section}.{key} = {value}: the run in {run.path} was begun with "
-                    f"{before[section][key]}; resume it with that"
+                    f"{section}.{key} = {_said(value)}: the run in {run.path} was begun with "
+                    f"{_said(before[section][key])}; resume it with that"
                 )
+
+
+def _said(value: object) -> object:
+    return "its default" if value is None else value
 
 
 def _write_samples(run: Run) -> None:

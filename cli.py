@@ -269,8 +269,10 @@ def _of(pair: list[float | None]) -> str:
 
 
 def _plus_minus(figure: dict[str, float]) -> str:
-    floor = f" (floor {figure['floor']:.4f})" if "floor" in figure else ""
-    return f"{figure['value']:.4f} +- {figure['noise']:.4f}{floor}"
+    # Noise pulls a total variation towards its floor, so that its spread alone would mislead.
+    if "floor" in figure:
+        return f"{figure['value']:.4f} (floor {figure['floor']:.4f})"
+    return f"{figure['value']:.4f} +- {figure['noise']:.4f}"
 
 
 def _print_plan(loaded: Any, *, as_json: bool) -> None:  # noqa: ANN401

@@ -787,7 +787,7 @@ class TestResume:
             (
                 "policy",
                 {"epsilon_lifetime": 9.0},
-                r"^policy\.epsilon_lifetime = 9\.0: .* with 1\.0",
+                r"^policy\.epsilon_lifetime = 9\.0: .* with its default",
             ),
             ("data", {"dataset_id": "other"}, r"^data\.dataset_id = other: .* with fedveil; "),
         ],

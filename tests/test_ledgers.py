@@ -321,7 +321,9 @@ class TestVerify:
         # Only a run with a mechanism has a budget to keep.
         text = config.replace("[data]\n", f'[data]\nledger = "{durable}"\n')
         text = text.replace('mechanism = "none"', 'mechanism = "central"')
-        text = text.replace("[policy]\n", "[policy]\nepsilon_lifetime = 9.0\n")
+        text = text.replace(
+            "[policy]\n", "[policy]\nepsilon_lifetime = 9.0\ndelta_lifetime = 0.5\n"
+        )
         (run / "config.toml").write_text(text, encoding="utf-8")
         lines = call("verify", run).out.splitlines()
         assert [line.split(":")[0] for line in lines] == [
