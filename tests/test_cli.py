@@ -170,7 +170,8 @@ class TestSimulate:
         assert quality.keys() == {"loss", "one_way_tv", "tstr_accuracy_mlp"}
         for name, figure in quality.items():
             floor = f" (floor {figure['floor']:.4f})" if "floor" in figure else ""
-            assert told[name] == f"{figure['value']:.4f} +- {figure['noise']:.4f}{floor}"
+            spread = floor or f" +- {figure['noise']:.4f}"
+            assert told[name] == f"{figure['value']:.4f}{spread}"
 
     def test_settings_win(self, call: Call, tiny: Path, tmp_path: Path) -> None:
         result = call(
@@ -362,7 +363,8 @@ class TestEvaluate:
             accounted = finished_table_run.metrics["quality"][name]
             exact, _, beside = told[name].partition("in the run:")
             assert exact.strip() == f"{value:.4f}"
-            assert f"{accounted['value']:.4f} +- {accounted['noise']:.4f}" in beside
+            spread = "(floor" if "floor" in accounted else f"+- {accounted['noise']:.4f}"
+            assert f"{accounted['value']:.4f} {spread}" in beside
 
     def test_as_json(self, call: Call, finished_table_run: fedveil.Run, mine: Path) -> None:
         result = call("evaluate", finished_table_run.path, "--data", mine, "--json")
