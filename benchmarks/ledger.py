@@ -11,8 +11,9 @@ from pathlib import Path
 from harness import interleaved, start
 
 from fedveil.config import RunConfig
-from fedveil.privacy.books import Lifetime, order
+from fedveil.privacy.books import order
 from fedveil.privacy.ledger import Ledger, verify
+from fedveil.privacy.limits import Lifetime
 from fedveil.privacy.plan import plan
 
 ROUNDS = 20_000
