@@ -303,7 +303,7 @@ def environment() -> dict[str, Any]:
     """Versions of the packages that matter, and a hash of our own source."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for folder in (".", "client", "data_prep", "models", "privacy", "server"):
+    for folder in (".", "cli", "client", "data_prep", "models", "privacy", "server"):
         for file in sorted((root / folder).glob("*.py")):
             digest.update(f"{folder}/{file.name}\0".encode() + file.read_bytes())
     versions = {}

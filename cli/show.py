@@ -1,0 +1,94 @@
+"""How figures, promises and progress are shown, and the options that commands share."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def plus_minus(found: dict[str, float]) -> str:
+    """An accounted figure with its noise, or with its floor where it has one."""
+    # Noise pulls a total variation towards its floor, so that its spread alone would mislead.
+    if "floor" in found:
+        return f"{found['value']:.4f} (floor {found['floor']:.4f})"
+    return f"{found['value']:.4f} +- {found['noise']:.4f}"
+
+
+def promise(privacy: dict[str, Any]) -> str:
+    """What was promised and spent, on one line."""
+    if privacy["epsilon"] is None:
+        return "NONE: THIS RUN IS NOT PRIVATE"
+    return (
+        f"epsilon {privacy['epsilon']:.3f} of {privacy['target_epsilon']:g}, "
+        f"delta {privacy['delta']:.2g}, mechanism {privacy['mechanism']}, "
+        f"accountant {privacy['accountant']}"
+    )
+
+
+def figure(value: Any) -> str:  # noqa: ANN401
+    """A plain value as people read it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {figure(part)}" for key, part in value.items())
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _print_resumed(event: dict[str, Any], console: "Console") -> None:
+    for fault in event["damaged"]:
+        console.print(f"{fault}; went back to the checkpoint before", markup=False, soft_wrap=True)
+    lost = ", ".join(map(str, event["lost"]))
+    told = f"; round {lost} was cut off and counts as spent" if lost else ""
+    console.print(f"resumed after round {event['round']}{told}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar on stderr: round, epsilon spent of target, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[spent]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=None, start=False, spent="", visible=False)
+        target, loss = None, ""
+
+        def observe(event: dict[str, Any]) -> None:
+            nonlocal target, loss
+            if event["event"] in {"run", "resumed"}:
+                target = event["privacy"]["target_epsilon"]
+                bar.start_task(task)
+                bar.update(task, total=event["privacy"]["rounds"], visible=True)
+                if event["event"] == "resumed":
+                    _print_resumed(event, console)
+                    bar.update(task, completed=event["round"] + len(event["lost"]))
+            elif event["event"] == "evaluated":
+                loss = f", loss {event['loss']:.2f}"
+            elif event["event"] == "round":
+                spent = (
+                    "NOT PRIVATE"
+                    if target is None
+                    else f"epsilon {event['epsilon']:.2f}/{target:g}"
+                )
+                bar.update(task, completed=event["round"], spent=f"{spent}{loss}")
+                for dropped in event["dropped"]:
+                    console.print(
+                        f"round {event['round']}: site {dropped['site']} dropped: "
+                        f"{dropped['reason']}",
+                        markup=False,
+                    )
+
+        yield observe
