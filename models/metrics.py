@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ..config import FedveilError
 from ..data_prep.schema import ImageSchema, Schema
+from . import histograms
 from .family import Batch, Family
 from .state import Arrays
 
 SLACK = 1.001
 """The noise is for so many times the sensitivity, for what adding up in float64 may round."""
 
-_NUMBER_BINS = 10  # equal parts of a number's declared range
 _SCORE_BINS = 12  # of a classifier's score, cut at synthetic quantiles and at one half
 _HIDDEN = 64  # units of a classifier's hidden layer
 _BOOTSTRAP = 200
@@ -231,7 +231,8 @@ def floors(
         parts = np.split(synthetic, np.cumsum(cells)[:-1])
         drawn = []
         for _ in range(_FLOOR_DRAWS):
-            alike = _joined([rng.multinomial(count, _shares(part)) for part in parts])
+            drawn_parts = [rng.multinomial(count, histograms.shares(part)) for part in parts]
+            alike = histograms.joined(drawn_parts)
             noised = alike + rng.normal(0, scales[name], alike.shape)
             drawn.append(_variation(noised, synthetic, cells))
         found[f"{name}_tv"] = float(np.mean(drawn))
@@ -400,19 +401,9 @@ def _tested(probe: Probe, records: Batch, schema: Schema) -> np.ndarray:
     return cells.astype(np.float64).reshape(2, _SCORE_BINS)
 
 
-def _levels(schema: Schema) -> list[int]:
-    """Cells of each column by the schema: a label's classes come last."""
-    levels = []
-    if not isinstance(schema, ImageSchema):
-        for block in schema.blocks:
-            number = _NUMBER_BINS + block.column.nullable
-            levels.append(block.column.levels if block.column.kind == "categorical" else number)
-    return levels + [len(schema.classes)] * bool(schema.classes)
-
-
 def _pairs(schema: Schema) -> list[tuple[int, int]]:
     """The pairs of columns that are looked at: each with the label, else with the next one."""
-    last = len(_levels(schema)) - 1
+    last = len(histograms.levels(schema)) - 1
     if schema.classes:
         return [(column, last) for column in range(last)]
     return [(column, column + 1) for column in range(last)]
@@ -420,64 +411,27 @@ def _pairs(schema: Schema) -> list[tuple[int, int]]:
 
 def _tables(schema: Schema) -> dict[str, list[int]]:
     """Cells of each histogram by block: of every column, and of every pair that is looked at."""
-    levels = _levels(schema)
+    levels = histograms.levels(schema)
     tables = {"one_way": levels, "two_way": [levels[a] * levels[b] for a, b in _pairs(schema)]}
     return {name: cells for name, cells in tables.items() if cells}
 
 
 def _histograms(records: Batch, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
     """One- and two-way counts of records [N], each vector of L2 norm 1 a record."""
-    cells, levels, pairs = _cells(records, schema), _levels(schema), _pairs(schema)
-    one = [np.bincount(c, minlength=n) for c, n in zip(cells, levels, strict=True)]
+    found, sizes = histograms.cells(records, schema), histograms.levels(schema)
     two = [
-        np.bincount(cells[a] * levels[b] + cells[b], minlength=levels[a] * levels[b])
-        for a, b in pairs
+        np.bincount(found[a] * sizes[b] + found[b], minlength=sizes[a] * sizes[b])
+        for a, b in _pairs(schema)
     ]
-    return _joined(one), _joined(two)
-
-
-def _joined(counts: Sequence[np.ndarray]) -> np.ndarray:
-    if not counts:
-        return np.zeros(0)
-    joined: np.ndarray = np.concatenate(counts) / math.sqrt(len(counts))
-    return joined
-
-
-def _cells(records: Batch, schema: Schema) -> list[np.ndarray]:
-    """Which cell each record is in, [N] for each column."""
-    cells = []
-    if not isinstance(schema, ImageSchema):
-        x = records.x.numpy()
-        for block in schema.blocks:
-            if block.column.kind == "categorical":
-                cells.append(x[:, block.start : block.stop].argmax(axis=1))
-                continue
-            place = np.floor(x[:, block.start] * _NUMBER_BINS).astype(np.int64)
-            place = place.clip(0, _NUMBER_BINS - 1)
-            if block.column.nullable:
-                place = np.where(x[:, block.start + 1] < 0.5, _NUMBER_BINS, place)
-            cells.append(place)
-    return cells + [records.y.numpy()] * bool(schema.classes)
+    return histograms.one_way(records, schema), histograms.joined(two)
 
 
 def _variation(real: np.ndarray, synthetic: np.ndarray, cells: Sequence[int]) -> float:
     """Mean total variation over the histograms that stand one after another, [0, 1]."""
     ends = np.cumsum(cells)[:-1]
     pairs = zip(np.split(real, ends), np.split(synthetic, ends), strict=True)
-    return float(np.mean([np.abs(_shares(a) - _shares(b)).sum() / 2 for a, b in pairs]))
-
-
-def _shares(counts: np.ndarray) -> np.ndarray:
-    """The nearest distribution to noised counts (Duchi et al. 2008, figure 1)."""
-    total = counts.sum()
-    if total <= 0:
-        return np.full(len(counts), 1 / len(counts))
-    shares = counts / total
-    ordered = np.sort(shares)[::-1]
-    excess = (np.cumsum(ordered) - 1) / np.arange(1, len(shares) + 1)
-    threshold = excess[np.flatnonzero(ordered > excess)[-1]]
-    projected: np.ndarray = np.maximum(shares - threshold, 0)
-    return projected
+    shares = histograms.shares
+    return float(np.mean([np.abs(shares(a) - shares(b)).sum() / 2 for a, b in pairs]))
 
 
 def _auroc(tested: np.ndarray) -> float:

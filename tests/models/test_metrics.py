@@ -25,7 +25,7 @@ from torch import nn
 from fedveil.config import RunConfig
 from fedveil.data_prep import modality
 from fedveil.data_prep.schema import ImageSchema, Schema, TableSchema, parse_schema
-from fedveil.models import FAMILIES, Batch, Family, family, metrics
+from fedveil.models import FAMILIES, Batch, Family, family, histograms
 from fedveil.models.layers import initialise
 from fedveil.models.metrics import (
     Exam,
@@ -351,7 +351,7 @@ class TestTotalVariation:
     def test_the_projection_is_the_nearest_distribution(self, counts: list[float]) -> None:
         """p is nearest to v in a convex set iff no direction from p into the set leads to v."""
         wanted = np.array(counts) / np.sum(counts)
-        shares = metrics._shares(np.array(counts))
+        shares = histograms.shares(np.array(counts))
         tolerance = 1e-9 * max(1.0, float(np.abs(wanted).max()) ** 2)
         assert shares.min() >= 0
         assert shares.sum() == pytest.approx(1, abs=tolerance)

@@ -1,0 +1,122 @@
+"""Histograms of encoded records: the cells of a column, their names, shares of counts.
+
+The cells follow from the schema alone: the declared categories, or ten equal parts of a number's
+encoded range; a nullable column's last cell is "missing", and a label's classes come last of all.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ..data_prep.schema import Column, ImageSchema, Schema
+from .family import Batch
+
+NUMBER_BINS = 10
+"""Equal parts of a number's encoded range."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What a column's cells are called.
+
+    Attributes:
+        column: The column's name.
+        number: Whether they are parts of a range, in order.
+        names: Of each cell.
+    """
+
+    column: str
+    number: bool
+    names: tuple[str, ...]
+
+
+def levels(schema: Schema) -> list[int]:
+    """How many cells each column has."""
+    return [len(column.names) for column in described(schema)]
+
+
+def described(schema: Schema) -> list[Cells]:
+    """The cells of each column, in the order of `cells`."""
+    found = []
+    if not isinstance(schema, ImageSchema):
+        found = [_cells_of(block.column) for block in schema.blocks]
+    if schema.label is not None:
+        found.append(Cells(schema.label, number=False, names=schema.classes))
+    return found
+
+
+def _cells_of(column: Column) -> Cells:
+    missing = ("missing",) if column.nullable else ()
+    if column.kind == "categorical":
+        return Cells(column.name, number=False, names=(*column.categories, *missing))
+    ends = [f"{end:.4g}" for end in _edges(column)]
+    names = [f"{low} to {high}" for low, high in pairwise(ends)]
+    return Cells(column.name, number=True, names=(*names, *missing))
+
+
+def _edges(column: Column) -> np.ndarray:
+    """Ends of a number's parts in its own units, [NUMBER_BINS + 1]."""
+    bounds = np.array(column.bounds or (0.0, 1.0))
+    if column.transform == "log1p":
+        equal: np.ndarray = np.expm1(np.linspace(*np.log1p(bounds), NUMBER_BINS + 1))
+        return equal
+    return np.linspace(*bounds, NUMBER_BINS + 1)
+
+
+def cells(records: Batch, schema: Schema) -> list[np.ndarray]:
+    """Which cell each record is in, [N] for each column."""
+    found = []
+    if not isinstance(schema, ImageSchema):
+        x = records.x.numpy()
+        for block in schema.blocks:
+            if block.column.kind == "categorical":
+                found.append(x[:, block.start : block.stop].argmax(axis=1))
+                continue
+            place = np.floor(x[:, block.start] * NUMBER_BINS).astype(np.int64)
+            place = place.clip(0, NUMBER_BINS - 1)
+            if block.column.nullable:
+                place = np.where(x[:, block.start + 1] < 0.5, NUMBER_BINS, place)
+            found.append(place)
+    return found + [records.y.numpy()] * bool(schema.classes)
+
+
+def one_way(records: Batch, schema: Schema) -> np.ndarray:
+    """The histograms of all columns, joined."""
+    pairs = zip(cells(records, schema), levels(schema), strict=True)
+    return joined([np.bincount(c, minlength=n) for c, n in pairs])
+
+
+def joined(counts: Sequence[np.ndarray]) -> np.ndarray:
+    """Histograms one after another, so scaled that a record's L2 norm is 1."""
+    if not counts:
+        return np.zeros(0)
+    whole: np.ndarray = np.concatenate(counts) / math.sqrt(len(counts))
+    return whole
+
+
+def parted(whole: np.ndarray, schema: Schema) -> list[np.ndarray]:
+    """What `joined` was given, [cells] for each column.
+
+    Raises:
+        ValueError: It is not one of this schema.
+    """
+    sizes = levels(schema)
+    if whole.shape != (sum(sizes),):
+        raise ValueError(f"histograms: expected {sum(sizes)} cells, found {whole.shape}")
+    return np.split(whole * math.sqrt(len(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
+
+
+def shares(counts: np.ndarray) -> np.ndarray:
+    """The nearest distribution to noised counts (Duchi et al. 2008, figure 1)."""
+    total = counts.sum()
+    if total <= 0:
+        return np.full(len(counts), 1 / len(counts))
+    raw = counts / total
+    ordered = np.sort(raw)[::-1]
+    excess = (np.cumsum(ordered) - 1) / np.arange(1, len(raw) + 1)
+    threshold = excess[np.flatnonzero(ordered > excess)[-1]]
+    projected: np.ndarray = np.maximum(raw - threshold, 0)
+    return projected
