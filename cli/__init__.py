@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import ledger, run
+from . import doctor, ledger, run
 
 app = typer.Typer(
     help="Federated, differentially private training of generative models.",
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (run.simulate, run.sample, run.evaluate, run.init):
+for command in (run.simulate, run.sample, run.evaluate, run.init, doctor.doctor):
     app.command()(command)
 app.add_typer(ledger.app, name="ledger")
 
