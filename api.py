@@ -46,7 +46,9 @@ def simulate(
     """
     from .privacy.plan import plan
     from .server.app import ignore
-    from .server.simulation import load_shards, run_local
+    from .server.simulation import check as check_engine
+    from .server.simulation import run as run_engine
+    from .server.simulation.sites import load_shards
 
     resolved, schema = resolve(config, overrides)
     if resume and out is None:
@@ -57,11 +59,12 @@ def simulate(
         # What cannot be used is refused before anything is written.
         shards = load_shards(resolved, schema)
         plan(resolved)
+        check_engine(resolved)
     with folder.locked(resume=resume):
         if resume:
             _same_config(run, resolved, schema)
         if not run.finished:
-            run_local(resolved, schema, shards, path, observe or ignore)
+            run_engine(resolved, schema, shards, path, observe or ignore)
         _write_samples(run)
     return run
 

@@ -60,10 +60,32 @@ class Federation(Options):
         lt=2**63,
         description="Seed of public randomness: initial weights, simulated site split.",
     )
-    engine: Literal["local"] = Field("local", description="`local`: all sites in this process.")
+    engine: Literal["local", "ray"] = Field(
+        "local",
+        description="`local`: all sites in this process. `ray`: Flower's simulation over Ray, for "
+        "clusters.",
+    )
+    ray_address: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$",
+        description="HOST:PORT of a running Ray that sees this run's files. Default: a Ray of the "
+        "run's own, on this machine.",
+    )
+    client_cpus: Count = Field(1, description="CPU cores of a client (`ray`).")
+    client_gpus: float = Field(
+        0.0, ge=0, le=64, description="GPUs of a client, or the share of one (`ray`)."
+    )
     min_replies: Count | None = Field(
         None, description="Fewest usable replies a round may go on with; more than half the sites."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("ray_address", "client_cpus", "client_gpus"):
+            default = type(self).model_fields[name].default
+            if self.engine != "ray" and getattr(self, name) != default:
+                raise ValueError(f'federation.{name}: goes with federation.engine = "ray" only')
+        return self
 
 
 class Data(Options):

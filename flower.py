@@ -1,9 +1,13 @@
 """Every Flower internal that is touched, so that an upgrade of Flower is this file's work.
 
-Import Flower through this module: it first closes Flower's calls to the outside.
+Import Flower through this module: it first closes Flower's calls to the outside. What only the Ray
+engine needs is imported on use.
 """
 
 import os
+from collections.abc import Mapping
+from queue import Queue
+from typing import TYPE_CHECKING, Any
 
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0",
@@ -26,6 +30,13 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
+if TYPE_CHECKING:
+    import httpx
+    from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+KEY_HEADER = "x-fedveil-key"
+"""Carries the key of a private SuperLink; see `server/simulation/superlink.py`."""
+
 __all__ = [
     "Array",
     "ArrayRecord",
@@ -38,9 +49,13 @@ __all__ = [
     "Message",
     "RecordDict",
     "ServerApp",
+    "acquire_task",
     "empty_run",
     "set_identity",
     "set_message_id",
+    "simulate_task",
+    "start_simulation",
+    "superlink_app",
 ]
 
 
@@ -59,3 +74,129 @@ def empty_run(run_id: int) -> FlowerRun:
 def set_message_id(message: Message, message_id: str) -> None:
     """Gives a message the identity that a SuperLink would have given it."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def superlink_app() -> Any:  # noqa: ANN401
+    """Flower's SuperLink for simulations, as an ASGI app with its state in memory.
+
+    It starts nothing by itself: no legacy gRPC server, no process that would take tasks.
+    """
+    from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+    from flwr.superlink.main import create_app
+
+    config = SuperLinkLifespanConfig(
+        control_address="127.0.0.1:0",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=0,
+        insecure=True,
+        certificates=None,
+        superexec_auth_secret=None,
+        authn_plugin=load_control_authn_plugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=False,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=True,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=FLWR_IN_MEMORY_DB_NAME,
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+class _WithKey:
+    """Adds the SuperLink's key to every request."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def intercept(
+        self, context: "ProtobufRequestContext", call_next: "ProtobufCall"
+    ) -> "httpx.Response":
+        context.request.headers[KEY_HEADER] = self._key
+        return call_next(context)
+
+
+def start_simulation(
+    address: str,
+    key: str,
+    apps: tuple[str, str],
+    values: Mapping[str, str],
+    nodes: int,
+    cpus: int,
+    gpus: float,
+) -> None:
+    """Asks a SuperLink for a simulation.
+
+    Args:
+        address: HOST:PORT of the SuperLink.
+        key: Its key.
+        apps: Where ServerApp and ClientApp stand, as "module:object" of installed code: the bundle
+            that Flower wants holds no code.
+        values: The apps' run configuration.
+        nodes: How many simulated sites.
+        cpus: CPU cores of a client.
+        gpus: GPUs of a client, or a part of one.
+    """
+    import tomli_w
+    from flwr.cli.build import build_fab_from_files
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.proto.fab_pb2 import Fab
+    from flwr.proto.federation_config_pb2 import SimulationConfig
+    from flwr.supercore.control.control_http_client import ControlHttpClient
+
+    server, client = apps
+    app = {
+        "publisher": "fedveil",
+        "components": {"serverapp": server, "clientapp": client},
+        "config": {**values},
+    }
+    project = {"name": "fedveil-run", "version": "1.0.0", "license": "Apache-2.0"}
+    manifest = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}})
+    content, _ = build_fab_from_files({"pyproject.toml": manifest.encode()})
+    wanted = SimulationConfig(
+        num_supernodes=nodes,
+        client_resources_num_cpus=cpus,
+        client_resources_num_gpus=gpus,
+        init_args_logging_level="ERROR",
+        init_args_log_to_driver=True,
+    )
+    control = ControlHttpClient(f"http://{address}", interceptors=(_WithKey(key),))
+    control.StartRun(StartRunRequest(fab=Fab(content=content), override_federation_config=wanted))
+
+
+def acquire_task(address: str, key: str) -> str:
+    """Takes the one task that waits at a SuperLink; its token."""
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
+    client = RuntimeHttpClient(f"http://{address}", interceptors=(version, _WithKey(key)))
+    request = AcquireTaskRequest(supported_task_types=[TaskType.SIMULATION])
+    return client.AcquireTask(request).token
+
+
+def simulate_task(address: str, token: str) -> None:
+    """Runs a simulation's ServerApp, and its ClientApp over Ray; ends this process."""
+    from flwr.simulation.app import run_simulation_process
+
+    run_simulation_process(
+        runtime_api_address=address,
+        log_queue=Queue(),
+        token=token,
+        insecure=True,
+        parent_pid=os.getppid(),
+        runtime_dependency_install=False,
+    )

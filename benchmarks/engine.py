@@ -7,7 +7,7 @@ import numpy as np
 from harness import interleaved, start
 
 from fedveil.flower import ClientApp, Context, Message, RecordDict, set_identity
-from fedveil.server.simulation import LocalGrid, local_grid
+from fedveil.server.simulation.local import LocalGrid, local_grid
 from fedveil.wire import NO_LEDGER, TRAIN, Task, Update, pack, read_reply, read_task
 
 

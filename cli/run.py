@@ -123,7 +123,7 @@ def init(
 def _print_plan(loaded: Any, *, as_json: bool) -> None:  # noqa: ANN401
     from ..api import resolve
     from ..privacy.plan import plan
-    from ..server.simulation import load_shards
+    from ..server.simulation.sites import load_shards
 
     resolved, schema = resolve(loaded)
     report = load_shards(resolved, schema).report

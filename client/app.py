@@ -157,7 +157,7 @@ def _without_fail(
     except _FAILURES:
         log.exception("%s: goes on without records", site.name)
         made = work(no_records(schema))
-        site.failed = True  # now it is known that its records were the cause
+        site.fail()  # now it is known that its records were the cause
         return made
 
 

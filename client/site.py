@@ -123,6 +123,12 @@ class Site:
         split = self._split_terms(config, schema)
         return ledger.debit(asked, self._budget.lifetime, split, releases)
 
+    def fail(self) -> None:
+        """Notes that its records made it fail, for its owner's eyes: the server learns nothing."""
+        self.failed = True
+        if self._folder is not None:
+            self._folder.with_name(f"{self._folder.name}.failed").touch()
+
     def close(self) -> None:
         """Lets go of the ledger."""
         self._budget.ledger.close()

@@ -1,5 +1,6 @@
 """The Flower ServerApp: it reads its run configuration and runs the round loop."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..config import ConfigError, RunConfig
@@ -14,10 +15,30 @@ def ignore(event: Event) -> None:
     del event
 
 
-def server_app(observe: Observer = ignore) -> ServerApp:
+def unwatched(folder: RunFolder) -> Observer:
+    """Nobody watches the run in this folder."""
+    del folder
+    return ignore
+
+
+def by_node(grid: Grid, config: RunConfig) -> Mapping[int, int]:
+    """The roster of a grid whose nodes are numbered as the sites are."""
+    del config
+    return {node: node for node in sorted(grid.get_node_ids())}
+
+
+def server_app(
+    watch: Callable[[RunFolder], Observer] = unwatched,
+    roster: Callable[[Grid, RunConfig], Mapping[int, int]] = by_node,
+) -> ServerApp:
     """The app of the coordinator.
 
     Its run configuration has `config` and `schema` (JSON), `run-id` and `folder`.
+
+    Args:
+        watch: Gives the observer of the run in a folder.
+        roster: Says which node each site is, by the site's number: numbers stay the same in every
+            process that goes on with a run, nodes need not.
     """
     app = ServerApp()
 
@@ -29,13 +50,15 @@ def server_app(observe: Observer = ignore) -> ServerApp:
             if not isinstance(value, str):
                 raise ConfigError(f"run configuration: {key}: missing")
             values[key] = value
+        config, folder = RunConfig.model_validate_json(values["config"]), Path(values["folder"])
         train(
             grid,
-            RunConfig.model_validate_json(values["config"]),
+            roster(grid, config),
+            config,
             schema_from_json(values["schema"]),
             values["run-id"],
-            RunFolder(Path(values["folder"])),
-            observe,
+            RunFolder(folder),
+            watch(RunFolder(folder)),
         )
 
     return app

@@ -12,7 +12,7 @@ from ..wire import Refused, Task, Update, WireError, read_reply
 
 @dataclass(frozen=True)
 class Replies:
-    """One round's replies: usable ones by node, in site order, and why the others are not."""
+    """One round's replies: usable ones by site, in site order, and why the others are not."""
 
     usable: Mapping[int, Update]
     dropped: Mapping[int, str]
@@ -20,6 +20,7 @@ class Replies:
 
 def usable_replies(
     replies: Iterable[Message],
+    site_of: Mapping[int, int],
     tasks: Mapping[int, Task],
     arrays: Mapping[str, np.ndarray],
     sums: Mapping[str, np.ndarray],
@@ -32,24 +33,24 @@ def usable_replies(
 
     Args:
         replies: What came.
-        tasks: What each node was asked.
+        site_of: Which site each node is.
+        tasks: What each site was asked.
         arrays: What the arrays must be like.
         sums: What the sums must be like.
     """
     usable: dict[int, Update] = {}
     dropped: dict[int, str] = {}
-    known = set(tasks)
     # Who replied first must not matter: sums of floats depend on their order.
     for message in replies:
-        node = message.metadata.src_node_id
-        if node not in known:
+        site = site_of.get(message.metadata.src_node_id)
+        if site is None:
             continue
-        if node in usable or node in dropped:
-            usable.pop(node, None)
-            dropped[node] = "replied twice"
+        if site in usable or site in dropped:
+            usable.pop(site, None)
+            dropped[site] = "replied twice"
             continue
         try:
-            reply, task = read_reply(message), tasks[node]
+            reply, task = read_reply(message), tasks[site]
             if (reply.run_id, reply.round, reply.evaluation) != (
                 task.run_id, task.round, task.evaluation,
             ):  # fmt: skip
@@ -60,8 +61,8 @@ def usable_replies(
             check_arrays(reply.sums, sums)
             if reply.ledger[0] <= task.ledger[0]:
                 raise WireError("its ledger has not grown")
-            usable[node] = reply
+            usable[site] = reply
         except (WireError, StateError) as error:
-            dropped[node] = str(error)
-    dropped |= dict.fromkeys(known - usable.keys() - dropped.keys(), "no reply")
+            dropped[site] = str(error)
+    dropped |= dict.fromkeys(tasks.keys() - usable.keys() - dropped.keys(), "no reply")
     return Replies(dict(sorted(usable.items())), dict(sorted(dropped.items())))

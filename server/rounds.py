@@ -43,6 +43,7 @@ class RunError(FedveilError):
 
 def train(
     grid: Grid,
+    sites: Mapping[int, int],
     config: RunConfig,
     schema: Schema,
     run_id: str,
@@ -53,6 +54,7 @@ def train(
 
     Args:
         grid: Reaches the sites.
+        sites: The node of each site, by the site's number.
         config: The resolved configuration.
         schema: What a record is.
         run_id: Names the run in every message.
@@ -63,7 +65,7 @@ def train(
         RunError: Too few usable replies. The folder keeps the last whole state.
         FedveilError: The folder is of another run, or of the same one priced otherwise.
     """
-    run = _open(grid, config, schema, run_id, folder, observe)
+    run = _open(grid, sites, config, schema, run_id, folder, observe)
     point, damaged = folder.load_checkpoint()
     if point is None:
         point = _begin(run)
@@ -88,7 +90,7 @@ class _Run:
     """What stays the same from round to round; `module` only lends its structure."""
 
     grid: Grid
-    nodes: tuple[int, ...]
+    sites: Mapping[int, int]
     config: RunConfig
     schema: Schema
     run_id: str
@@ -106,6 +108,7 @@ class _Run:
 
 def _open(
     grid: Grid,
+    sites: Mapping[int, int],
     config: RunConfig,
     schema: Schema,
     run_id: str,
@@ -114,9 +117,8 @@ def _open(
 ) -> _Run:
     began = time.perf_counter()
     module = family(config.model.family).build(config.model, schema)
-    nodes = tuple(sorted(grid.get_node_ids()))
     priced = plan(config)
-    return _Run(grid, nodes, config, schema, run_id, folder, observe, priced, module, began)
+    return _Run(grid, sites, config, schema, run_id, folder, observe, priced, module, began)
 
 
 def _begin(run: _Run) -> Checkpoint:
@@ -124,7 +126,7 @@ def _begin(run: _Run) -> Checkpoint:
     state = STRATEGIES[run.config.strategy].init(to_arrays(run.module))
     point = Checkpoint(run.run_id, _fingerprint(run.priced), state)
     run.folder.save_checkpoint(point)
-    run.tell("run", run_id=run.run_id, privacy=run.priced.as_dict(), sites=len(run.nodes))
+    run.tell("run", run_id=run.run_id, privacy=run.priced.as_dict(), sites=len(run.sites))
     return point
 
 
@@ -148,7 +150,7 @@ def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
         damaged=damaged,
         privacy=run.priced.as_dict(),
         run_id=run.run_id,
-        sites=len(run.nodes),
+        sites=len(run.sites),
     )
     run.folder.forget_after(point.state.round)
 
@@ -322,9 +324,9 @@ def _ask(
         exam=exam_to_arrays(exam) if exam else {},
         ledger=NO_LEDGER,
     )
-    tasks = {n: replace(task, ledger=point.ledgers.get(n, NO_LEDGER)) for n in run.nodes}
-    action = TRAIN if training else EVALUATE
-    messages = [Message(pack(t), n, action, group_id=str(asked.round)) for n, t in tasks.items()]
+    tasks = {n: replace(task, ledger=point.ledgers.get(n, NO_LEDGER)) for n in run.sites}
+    action, group = TRAIN if training else EVALUATE, str(asked.round)
+    messages = [Message(pack(t), run.sites[n], action, group_id=group) for n, t in tasks.items()]
     arrays: Arrays = {}
     if training:
         names = family(config.model.family).trainable(run.module)
@@ -333,7 +335,8 @@ def _ask(
         arrays = {name: model[name].astype(kind) for name in names}
     sums = expected_sums(run.schema, run.priced) if exam else {}
     run.folder.ask(asked)
-    replies = usable_replies(run.grid.send_and_receive(messages), tasks, arrays, sums)
+    site_of = {node: site for site, node in run.sites.items()}
+    replies = usable_replies(run.grid.send_and_receive(messages), site_of, tasks, arrays, sums)
     _enough(replies, asked.round, run)
     return replies
 
@@ -343,7 +346,7 @@ def _enough(replies: Replies, number: int, run: _Run) -> None:
         return
     reasons = "; ".join(f"site {node}: {why}" for node, why in list(replies.dropped.items())[:3])
     raise RunError(
-        f"round {number}: {len(replies.usable)} of {len(run.nodes)} replies are usable, "
+        f"round {number}: {len(replies.usable)} of {len(run.sites)} replies are usable, "
         f"federation.min_replies = {run.config.min_replies} ({reasons})"
     )
 
@@ -361,7 +364,7 @@ def _metrics(run: _Run, point: Checkpoint, seconds: float) -> dict[str, Any]:
         "family": run.config.model.family,
         "rounds": run.priced.rounds,
         "steps": point.state.steps,
-        "sites": len(run.nodes),
+        "sites": len(run.sites),
         "privacy": run.priced.as_dict() | {"not_claimed": _not_claimed(run.schema)},
         "quality": point.evaluated.quality,
         "evaluated": {"round": point.evaluated.round, "evaluations": point.evaluated.count},

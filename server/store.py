@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +34,9 @@ Event = dict[str, Any]
 _KEPT_CHECKPOINTS = 2
 _ASKED = "checkpoint/asked.json"
 _STATE = ("model", "average", "first", "second")
+_SOURCES = (
+    ".", "cli", "client", "data_prep", "models", "privacy", "server", "server/simulation",
+)  # fmt: skip
 _VERSIONED = (
     "fedveil", "flwr", "torch", "opacus", "dp-accounting", "numpy", "polars", "cryptography",
 )  # fmt: skip
@@ -129,7 +133,8 @@ class RunFolder:
         plain = config.model_dump(by_alias=True, exclude_none=True)
         self.write("config.toml", tomli_w.dumps(plain).encode())
         self.write("schema.json", schema_to_json(schema).encode())
-        self.write_json("environment.json", environment())
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self.write_json("environment.json", {**environment(), "begun": begun})
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all, and durably.
@@ -172,12 +177,25 @@ class RunFolder:
         except OSError as error:
             raise FedveilError(f"{self.path}: cannot be written ({error.strerror})") from None
 
+    def events_from(self, start: int) -> tuple[list[Event], int]:
+        """What was written to `events.jsonl` since byte `start`, and where that ends."""
+        try:
+            with (self.path / "events.jsonl").open("rb") as opened:
+                opened.seek(start)
+                lines, newline, _ = opened.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return [], 0
+        events = [json.loads(line) for line in lines.splitlines()]
+        return events, start + len(lines) + len(newline)
+
     def events(self) -> Iterator[Event]:
         """The lines of `events.jsonl`; a last one that a crash tore is left out."""
         try:
             lines = (self.path / "events.jsonl").read_bytes().split(b"\n")[:-1]
         except OSError:
-            raise FedveilError(f"{self.path}: holds no readable events.jsonl") from None
+            raise FedveilError(
+                f"{self.path}: holds no readable events.jsonl; is it a run folder?"
+            ) from None
         for number, line in enumerate(lines, start=1):
             try:
                 event = json.loads(line)
@@ -303,7 +321,7 @@ def environment() -> dict[str, Any]:
     """Versions of the packages that matter, and a hash of our own source."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for folder in (".", "cli", "client", "data_prep", "models", "privacy", "server"):
+    for folder in _SOURCES:
         for file in sorted((root / folder).glob("*.py")):
             digest.update(f"{folder}/{file.name}\0".encode() + file.read_bytes())
     versions = {}

@@ -27,7 +27,7 @@ from fedveil.models.state import load_arrays, read_file
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import plan
 from fedveil.server.evaluation import questions
-from fedveil.server.simulation import load_shards
+from fedveil.server.simulation.sites import load_shards
 from fedveil.server.store import Event
 
 MakeConfig = Callable[..., RunConfig]

@@ -39,7 +39,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     ),
     "server.simulation": (
         "server", "client", "models", "privacy", "data_prep", "wire", "config", "files",
-        "flower",
+        "flower", "machine",
     ),
 }  # fmt: skip
 """By the longest prefix of a module's name within the package."""

@@ -37,7 +37,7 @@ from fedveil.privacy.plan import Plan, plan
 from fedveil.server.aggregation import STRATEGIES, ServerState
 from fedveil.server.evaluation import NOT_EVALUATED, evaluated, expected_sums
 from fedveil.server.rounds import advance
-from fedveil.server.simulation import simulated_site
+from fedveil.server.simulation.sites import simulated_site
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -574,7 +574,7 @@ class TestSecrets:
         self, make_config: MakeConfig, tmp_path: Path
     ) -> None:
         sites = [
-            simulated_site(node, None, tmp_path / run, tmp_path / run / "ledger", make_config(), 9)
+            simulated_site(node, None, tmp_path / run, make_config(), 9)
             for run in ("a", "b")
             for node in (1, 2)
         ]

@@ -177,7 +177,9 @@ def sorted_out(
     messages: list[Message], nodes: tuple[int, ...], like: Mapping[str, np.ndarray] = LIKE
 ) -> Replies:
     """What becomes of replies to round 4 and evaluation 2, asked of these nodes."""
-    return usable_replies(messages, dict.fromkeys(nodes, TASK), like, LIKE_SUMS)
+    return usable_replies(
+        messages, {n: n for n in nodes}, dict.fromkeys(nodes, TASK), like, LIKE_SUMS
+    )
 
 
 @pytest.mark.parametrize("expected", BAD)
@@ -218,7 +220,9 @@ def test_a_good_one_is_passed_on_whole() -> None:
 def test_an_evaluation_alone_has_sums_only() -> None:
     task = Task("run", 0, 3, "{}", "{}", {}, {}, {}, KNOWN)
     alone, both = update({}, number=0, evaluation=3), update(GOOD, number=0, evaluation=3)
-    found = usable_replies([reply(1, alone), reply(2, both)], {1: task, 2: task}, {}, LIKE_SUMS)
+    found = usable_replies(
+        [reply(1, alone), reply(2, both)], {1: 1, 2: 2}, {1: task, 2: task}, {}, LIKE_SUMS
+    )
     assert list(found.usable) == [1]
     assert "expected the 0 names" in found.dropped[2]
 
@@ -230,7 +234,7 @@ def test_each_ledger_is_held_against_its_own_site() -> None:
         for node, count in ((1, 7), (2, 8), (3, 100))
     }
     messages = [reply(n, update(GOOD, ledger=(8, "a" * 64))) for n in (1, 2, 3)]
-    found = usable_replies(messages, tasks, LIKE, LIKE_SUMS)
+    found = usable_replies(messages, {n: n for n in tasks}, tasks, LIKE, LIKE_SUMS)
     assert list(found.usable) == [1]
     assert found.dropped == dict.fromkeys((2, 3), "its ledger has not grown")
 
@@ -238,7 +242,7 @@ def test_each_ledger_is_held_against_its_own_site() -> None:
 def test_any_ledger_will_do_where_none_is_known() -> None:
     task = Task("run", 4, 2, "{}", "{}", {}, {}, {}, NO_LEDGER)
     message = reply(1, update(GOOD, ledger=(1, "a" * 64)))
-    assert list(usable_replies([message], {1: task}, LIKE, LIKE_SUMS).usable) == [1]
+    assert list(usable_replies([message], {1: 1}, {1: task}, LIKE, LIKE_SUMS).usable) == [1]
 
 
 @pytest.mark.parametrize("times", [2, 3, 4])

@@ -356,7 +356,8 @@ def folder(tmp_path: Path) -> Iterable[RunFolder]:
 def run(config: RunConfig, grid: Grid, folder: RunFolder, run_id: str = "run-a") -> list[Event]:
     """Trains over a grid; what was observed."""
     observed: list[Event] = []
-    train(grid, config, run_schema(config), run_id, folder, observed.append)
+    sites = {node: node for node in sorted(grid.get_node_ids())}
+    train(grid, sites, config, run_schema(config), run_id, folder, observed.append)
     return observed
 
 

@@ -88,7 +88,7 @@ def values(make_config: MakeConfig, tmp_path: Path) -> Iterator[dict[str, str]]:
 def start(values: dict[str, str], observe: Callable[[Event], None] = ignore) -> Obliging:
     """Runs the app over the obliging sites."""
     grid = Obliging()
-    server_app(observe)(grid, Context(1, 0, {}, RecordDict(), {**values}))
+    server_app(lambda _: observe)(grid, Context(1, 0, {}, RecordDict(), {**values}))
     return grid
 
 

@@ -52,16 +52,12 @@ from fedveil.privacy.limits import (
 )
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import plan
-from fedveil.server import simulation
 from fedveil.server.app import ignore
 from fedveil.server.rounds import RunError
-from fedveil.server.simulation import (
-    LocalGrid,
-    load_shards,
-    local_grid,
-    run_local,
-    simulated_site,
-)
+from fedveil.server.simulation import run
+from fedveil.server.simulation import sites as simulation
+from fedveil.server.simulation.local import LocalGrid, local_grid
+from fedveil.server.simulation.sites import load_shards, simulated_site
 from fedveil.server.store import Checkpoint, Event, RunFolder
 
 MakeConfig = Callable[..., RunConfig]
@@ -310,7 +306,7 @@ def local(
 ) -> None:
     """One process of a simulation: it begins or goes on."""
     schema = schema or run_schema(config)
-    run_local(config, schema, load_shards(config, schema), folder, observe)
+    run(config, schema, load_shards(config, schema), folder, observe)
 
 
 def digest(arrays: dict[str, np.ndarray]) -> bytes:
@@ -469,7 +465,7 @@ def run_spoilt(config: RunConfig, folder: RunFolder, failing: Collection[int]) -
     parts = tuple(
         broken if node in failing else part for node, part in enumerate(shards.parts, start=1)
     )
-    run_local(config, schema, simulation.Shards(parts, shards.report), folder.path, ignore)
+    run(config, schema, simulation.Shards(parts, shards.report), folder.path, ignore)
 
 
 def equal_secrets(patch: pytest.MonkeyPatch) -> None:
@@ -766,18 +762,18 @@ class TestDurableLedgers:
             sync(descriptor)
 
         monkeypatch.setattr(os, "fsync", noted)
-        simulated_site(1, None, tmp_path / "run", home, durable(home), 9).close()
+        simulated_site(1, None, tmp_path / "run", durable(home), 9).close()
         first = synced.index(identity((home / "site-001.SIMULATED-split.key").stat()))
         assert identity(home.stat()) in synced[first:]
 
     def test_two_processes_that_begin_at_once_agree_on_a_key(self, tmp_path: Path) -> None:
         """Whoever is first makes it; a site with two would split one data set in two ways."""
-        config, workers = durable(tmp_path), 4
+        workers = 4
         barrier = threading.Barrier(workers)
 
         def begin(home: Path, worker: int) -> bytes:
             barrier.wait(60)
-            site = simulated_site(1, None, home / f"run-{worker}", home, config, 9)
+            site = simulated_site(1, None, home / f"run-{worker}", durable(home), 9)
             site.close()
             return site._split_key
 

@@ -1,0 +1,229 @@
+"""The Ray engine: Flower's own simulation, over a private SuperLink and a private or given Ray.
+
+This process watches `events.jsonl`; a second one is the SuperLink, a third holds the ServerApp and
+reaches the ClientApps in Ray's actors; all end with this one. It is for clusters: on one machine
+the engine `local` starts and runs faster.
+"""
+
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ...client.site import Site
+from ...config import ConfigError, Federation
+from ...flower import start_simulation
+from ...machine import memory_available
+from ..rounds import Observer, RunError
+from ..store import Event, RunFolder
+from .begun import Begun
+
+APPS = "fedveil.server.simulation.ray_apps:server", "fedveil.server.simulation.ray_apps:client"
+ACTOR_BYTES = 700 * 2**20
+"""Memory of one actor with torch, Flower and a small model; measured at 590 MiB."""
+
+_POLL = 0.05  # seconds between looks at the events
+_GRACE = 15.0  # seconds that a finished run's process gets to end Ray
+_ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)\b.*")
+
+
+def run_ray(
+    begun: Begun,
+    sites: Mapping[int, Site],
+    observe: Observer,
+    apps: tuple[str, str] = APPS,
+) -> None:
+    """Runs a federation over Ray; as an engine, see `simulation.run`.
+
+    Args:
+        begun: The run.
+        sites: Its sites; the actors open them anew from their files.
+        observe: Sees every event.
+        apps: Where ServerApp and ClientApp stand.
+
+    Raises:
+        RunError: The run failed.
+    """
+    federation = begun.config.federation
+    store = RunFolder(begun.folder)
+    _, seen = store.events_from(0)
+    with TemporaryDirectory(prefix="fedveil-") as home:
+        environment = _environment(Path(home), federation.ray_address)
+        log = begun.folder / "sites" / "ray.log"
+        with (
+            _child("superlink", environment, log) as link,
+            _child("ray_process", environment, log) as worker,
+        ):
+            key = secrets.token_hex(32)
+            address = f"127.0.0.1:{_told(link, key)}"
+            start_simulation(
+                address,
+                key,
+                apps,
+                begun.values,
+                len(sites),
+                federation.client_cpus,
+                federation.client_gpus,
+            )
+            _tell(worker, f"{address} {key}")
+            last = _follow(store, seen, worker, observe)
+    _check_end(last, log)
+
+
+def check_cluster(federation: Federation) -> None:
+    """Refuses what Ray would wait for, or die of.
+
+    Raises:
+        ConfigError: Ray or what a client asks for is not there.
+    """
+    if find_spec("ray") is None:
+        raise ConfigError(
+            'federation.engine = "ray": Ray is not installed; pip install "fedveil[ray]", or use '
+            'engine = "local"'
+        )
+    if federation.ray_address is not None:
+        _check_address(federation.ray_address)
+        return
+    cores = len(os.sched_getaffinity(0))
+    actors = cores // federation.client_cpus
+    if not actors:
+        raise ConfigError(
+            f"federation.client_cpus = {federation.client_cpus}: this machine has {cores} cores; "
+            "ask for fewer, or name a cluster in federation.ray_address"
+        )
+    needed, free = actors * ACTOR_BYTES, memory_available()
+    if needed > free:
+        raise ConfigError(
+            f"federation.client_cpus = {federation.client_cpus}: makes {actors} actors, which need "
+            f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; raise it, "
+            "so that fewer run at a time"
+        )
+    _check_gpus(federation.client_gpus)
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"federation.ray_address = {address}: no Ray answers there ({reason}); check the "
+            "address, or leave it out to start Ray on this machine"
+        ) from None
+
+
+def _check_gpus(share: float) -> None:
+    import torch
+
+    if share and torch.cuda.device_count() < share:
+        raise ConfigError(
+            f"federation.client_gpus = {share:g}: this machine has {torch.cuda.device_count()} "
+            "GPUs; use 0, or name a cluster in federation.ray_address"
+        )
+
+
+def _environment(home: Path, ray_address: str | None) -> dict[str, str]:
+    """The children's environment: Flower's and Ray's own files apart, no cluster by accident."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    kept |= {"FLWR_HOME": str(home / "flwr"), "PYTHONUNBUFFERED": "1"}
+    if ray_address is not None:
+        return kept | {"RAY_ADDRESS": ray_address}
+    # Ray listens on the network without asking who is there, unless it is given a token.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return kept | token | {"RAY_TMPDIR": str(home)}
+
+
+@contextmanager
+def _child(module: str, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of ours that does not outlive the block, nor do its own children."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("ab") as errors:
+        process = subprocess.Popen(  # noqa: S603  ourselves
+            [sys.executable, "-m", f"{__package__}.{module}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if module == "superlink" else errors,
+            stderr=errors,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _told(link: subprocess.Popen[str], key: str) -> int:
+    """Gives the SuperLink its key; the port that it then names."""
+    _tell(link, key)
+    line = link.stdout.readline() if link.stdout else ""
+    if not line.strip().isdigit():
+        raise RunError("Ray: Flower's SuperLink does not start; sites/ray.log says why")
+    return int(line)
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> None:
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):  # it has ended; that is seen soon enough
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+
+
+def _follow(
+    store: RunFolder, start: int, worker: subprocess.Popen[str], observe: Observer
+) -> Event:
+    """Shows the events that the other process writes, until it has ended; the last of them."""
+    last: Event = {"event": "nothing"}
+    patience = math.inf
+    while True:
+        # Looked at before the events: what it wrote before it ended is then not missed.
+        ended = worker.poll() is not None
+        events, start = store.events_from(start)
+        for event in events:
+            observe(event)
+            last = event
+        if last["event"] in {"finished", "failed"}:
+            patience = min(patience, time.monotonic() + _GRACE)
+        if ended or time.monotonic() > patience:
+            return last
+        time.sleep(_POLL)
+
+
+def _check_end(last: Event, log: Path) -> None:
+    if last["event"] == "finished":
+        return
+    if last["event"] == "failed":
+        raise RunError(last["cause"])
+    raise RunError(f"Ray: {_last_error(log)}; {log} says more")
+
+
+def _last_error(log: Path) -> str:
+    """The last line of a log that names an error; the log itself is a site's own."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    named = [line.strip() for line in lines if _ERROR.match(line.strip())]
+    return named[-1] if named else "its process ended before the run began"

@@ -1,0 +1,18 @@
+"""The process that runs a Ray simulation: it loads all that is slow, then waits to be told."""
+
+import sys
+from importlib import import_module
+
+from ...flower import acquire_task, simulate_task
+
+
+def main() -> None:
+    """Reads the SuperLink's address and key from stdin, takes the task there, and runs it."""
+    for slow in ("flwr.simulation.app", "ray", "torch", "opacus"):  # while the SuperLink starts
+        import_module(slow)
+    address, key = sys.stdin.readline().split()
+    simulate_task(address, acquire_task(address, key))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The sites of a simulation: their records, ledgers, secrets and what they keep for themselves."""
+
+import logging
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...client.app import terms_of
+from ...client.site import Budget, Site
+from ...config import RunConfig
+from ...data_prep import modality
+from ...data_prep.clean import CleaningReport, refuse_unusable
+from ...data_prep.partition import share_out
+from ...data_prep.schema import Schema, schema_to_json
+from ...files import create_secret_file
+from ...privacy.books import Head
+from ...privacy.ledger import Ledger
+from ...privacy.limits import LedgerError, Lifetime, UnavailableError
+from ...privacy.noise import Coins
+from ...privacy.plan import plan
+from ...wire import NO_LEDGER
+from ..rounds import RunError
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A simulation's raw records, shared out.
+
+    Attributes:
+        parts: One site's raw records each.
+        report: What cleaning does to all of them; a simulation may look at it, a federation not.
+    """
+
+    parts: tuple[Any, ...]
+    report: CleaningReport
+
+
+def load_shards(config: RunConfig, schema: Schema) -> Shards:
+    """Reads the source, checks that it is usable at all, and shares it out.
+
+    Raises:
+        DataError: The data cannot be used.
+        ConfigError: They cannot be shared out so.
+    """
+    kind, data = modality(schema), config.data
+    raw = kind.read(data.source, schema)
+    # Cleaning is record-wise: the whole may be checked here, and each part cleaned at its site.
+    _, report = kind.clean(raw, schema, config.clean)
+    refuse_unusable(report)
+
+    def column(name: str | None, *, wanted: bool) -> list[str]:
+        return kind.values(raw, schema, name) if wanted and name is not None else []
+
+    parts = share_out(
+        data,
+        config.federation.sites,
+        report.records,
+        np.random.default_rng(config.federation.seed),
+        persons=column(schema.person, wanted=True),
+        labels=column(schema.label, wanted=data.partition == "dirichlet"),
+        column=column(data.column, wanted=True),
+    )
+    return Shards(tuple(kind.take(raw, rows) for rows in parts), report)
+
+
+def simulated_site(
+    node: int,
+    raw: Any,  # noqa: ANN401
+    folder: Path,
+    config: RunConfig,
+    records: int,
+) -> Site:
+    """A site with its ledger and its secrets, made where they are missing.
+
+    They stand in the run folder, or where `data.ledger` says, and call themselves simulated: a
+    simulation protects nobody from the one who runs it.
+
+    Args:
+        node: Its number.
+        raw: Its raw records.
+        folder: The run folder.
+        config: The run.
+        records: How many raw records all sites share: one more may change who holds which.
+
+    Raises:
+        LedgerError: The ledger cannot be used, or ledger and key are not of one site.
+    """
+    name = f"site-{node:03d}"
+    home = Path(config.data.ledger) if config.data.ledger else folder / "ledger"
+    own, ledger_file = folder / "sites" / name, home / f"{name}.sqlite"
+    key_file = home / f"{name}.SIMULATED-split.key"
+    try:
+        for path in (own, home):
+            path.mkdir(parents=True, exist_ok=True)
+        # The ledger comes first: a key without one says that a ledger was lost. Another process may
+        # make them at the same time, and either's will do.
+        if not ledger_file.exists() and not key_file.exists():
+            with suppress(FileExistsError):
+                Ledger.create(ledger_file, name, simulated=True)
+        ledger = Ledger.open(ledger_file)
+        if not key_file.exists():
+            if ledger.read().datasets:
+                raise UnavailableError(
+                    f"{key_file}: is missing; put it back, or records would change their sides"
+                )
+            with suppress(FileExistsError):
+                create_secret_file(key_file, f"{secrets.token_hex(32)}\n".encode())
+    except OSError as error:
+        raise UnavailableError(f"{home}: {error.strerror}; check the path and the disk") from None
+    data, (epsilon, delta) = config.data, config.lifetime
+    budget = Budget(
+        ledger,
+        config.dataset_id,
+        Lifetime(epsilon, delta, config.policy.composition),
+        {
+            "shared_out": f"{data.partition} to {config.federation.sites} sites, seed "
+            f"{config.federation.seed}, alpha {data.alpha:g}, column {data.column}, of "
+            f"{records} records"
+        },
+    )
+    return Site(name, lambda: raw, _read_key(key_file), budget, Coins.from_system(), own)
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        key = b""
+    if len(key) != 32:
+        raise UnavailableError(f"{path}: holds no split key; put a whole copy back")
+    return key
+
+
+def check_ledgers(
+    sites: Mapping[int, Site],
+    run_id: str,
+    known: Mapping[int, tuple[int, str]],
+    config: RunConfig,
+    schema: Schema,
+) -> None:
+    """A federation learns of a refusal by its code; whoever simulates one is told why, at once.
+
+    Raises:
+        LedgerError: A site would refuse.
+    """
+    shared = config.shared()
+    terms = terms_of(shared.model_dump_json(by_alias=True), schema_to_json(schema))
+    for node, site in sites.items():
+        head = Head(*known.get(node, NO_LEDGER))
+        try:
+            site.check(run_id, terms, head, shared, schema, plan(shared))
+        except LedgerError as error:
+            raise type(error)(f"{site.name}: {error}") from None
+
+
+def refuse_failed(folder: Path) -> None:
+    """A federation must not be told of a site whose records make it fail; who simulates one must.
+
+    Raises:
+        RunError: There is one.
+    """
+    if failed := [marker.stem for marker in _failures(folder)]:
+        raise RunError(
+            f"{', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}: failed and took part "
+            f"without records; {folder / 'sites' / 'site.log'} says why"
+        )
+
+
+def forget_failed(folder: Path) -> None:
+    """A run that goes on gives every site another chance."""
+    for marker in _failures(folder):
+        marker.unlink()
+
+
+def _failures(folder: Path) -> list[Path]:
+    return sorted((folder / "sites").glob("*.failed"))
+
+
+@contextmanager
+def site_log(path: Path) -> Iterator[None]:
+    """Keeps what the simulated sites log for themselves, for as long as the block runs."""
+    logger, handler = keep_log(path)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def keep_log(path: Path) -> tuple[logging.Logger, logging.Handler]:
+    """Keeps what the simulated sites log for themselves; nothing of it reaches the server."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger = logging.getLogger(Site.__module__.rpartition(".")[0])
+    logger.addHandler(handler)
+    return logger, handler

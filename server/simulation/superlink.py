@@ -1,0 +1,72 @@
+"""A SuperLink of Flower's own for one simulation: on a free port of loopback, behind a key.
+
+Flower's Control API knows no accounts: whoever reaches its port may start code. On a machine that
+others use too, loopback is no protection. So every request needs the key that the process was
+given, but for those that carry a task's own token.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from hmac import compare_digest
+from typing import Any
+
+from ...flower import KEY_HEADER, superlink_app
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_TASK_PATHS = "/v1/runtime/"
+_ACQUIRE = "/v1/runtime/acquire-task"
+
+
+def gated(app: Asgi, key: str) -> Asgi:
+    """Lets requests through that carry the key, or are about a task and so carry its token."""
+
+    async def gate(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or _may_pass(scope, key):
+            await app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 403, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    return gate
+
+
+def _may_pass(scope: Scope, key: str) -> bool:
+    path: str = scope["path"]
+    if scope["type"] != "http":
+        return False
+    if path.startswith(_TASK_PATHS) and path != _ACQUIRE:
+        return True
+    given = dict(scope["headers"]).get(KEY_HEADER.encode(), b"")
+    return compare_digest(given, key.encode())
+
+
+def main() -> None:
+    """Serves until the parent is gone; reads the key from stdin and prints the port."""
+    import uvicorn
+
+    key = sys.stdin.readline().strip()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    app = gated(superlink_app(), key)
+    print(listening.getsockname()[1], flush=True)  # noqa: T201  it is how the parent learns of it
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    server.run(sockets=[listening])
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
