@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MechanismName = Literal["none", "central", "local"]
-StrategyName = Literal["sgd", "adam", "fedavg"]
+StrategyName = Literal["sgd", "adam", "fedavg", "fedprox", "fedadam", "median"]
 UnitName = Literal["record"]
 CompositionName = Literal["addition", "rdp"]
 
@@ -185,12 +185,17 @@ class Training(Options):
     """How steps are taken."""
 
     learning_rate: Positive | None = Field(
-        None, description="Of the optimiser: the server's, or under `fedavg` the sites'."
+        None,
+        description="Of the optimiser: the server's (`adam`, `sgd`), or else the sites' own.",
     )
     ema: Share = Field(
-        0.9, description="Decay of the moving average of the weights (`adam`, `sgd`); 0 is off."
+        0.9,
+        description="Decay of the moving average of the weights (`adam`, `sgd`, `fedadam`); 0 is "
+        "off.",
     )
-    local_steps: Count = Field(1, description="Steps a site takes in a round (`fedavg`).")
+    local_steps: Count = Field(
+        1, description="Steps a site takes in a round (not under `adam` and `sgd`)."
+    )
     micro_batch: Count = Field(
         64, description="Records processed at a time, a public size; memory, not privacy."
     )
@@ -227,6 +232,12 @@ class Aggregation(Options):
 
     strategy: StrategyName | None = Field(
         None, description="Default: `adam`; `fedavg` under `local`."
+    )
+    server_learning_rate: Positive = Field(
+        0.01, description="Of the server's own step on the sites' mean change (`fedadam`)."
+    )
+    proximal: Positive = Field(
+        0.01, description="Weight of what holds a site's model to the server's (`fedprox`)."
     )
 
 
@@ -284,12 +295,12 @@ COMPATIBILITY: Mapping[MechanismName, Allowed] = {
     ),
     "local": Allowed(
         against="everyone, the server and the other sites included",
-        strategies=("fedavg",),
+        strategies=("fedavg", "fedprox", "fedadam", "median"),
         units=("record",),
     ),
     "none": Allowed(
         against="NOBODY: THIS RUN IS NOT PRIVATE",
-        strategies=("adam", "sgd", "fedavg"),
+        strategies=("adam", "sgd", "fedavg", "fedprox", "fedadam", "median"),
         units=("record",),
     ),
 }
@@ -298,7 +309,10 @@ BUILT_IN_SIZES = {"sklearn:digits": 1797, "sklearn:breast_cancer": 569}
 """Published sizes of the data sets that scikit-learn ships."""
 
 # As measured on digits and Adult. Adam's hardly depend on the clipping norm; plain descent's does.
-_LEARNING_RATES: Mapping[StrategyName, float] = {"adam": 0.005, "sgd": 0.5, "fedavg": 0.005}
+_LEARNING_RATES: Mapping[StrategyName, float] = {
+    "adam": 0.005, "sgd": 0.5, "fedavg": 0.005, "fedprox": 0.005, "fedadam": 0.005, "median": 0.005,
+}  # fmt: skip
+_SERVER_STEPS: tuple[StrategyName, ...] = ("adam", "sgd")
 # More records a step drown the noise, at more seconds a round; beyond this the gain was small.
 _EXPECTED_BATCH = 512
 
@@ -322,6 +336,11 @@ class RunConfig(Options):
         return self.aggregation.strategy or COMPATIBILITY[self.privacy.mechanism].strategies[0]
 
     @property
+    def trains_at_sites(self) -> bool:
+        """Whether sites take steps by themselves and send models; else they send gradient sums."""
+        return self.strategy not in _SERVER_STEPS
+
+    @property
     def records(self) -> int:
         """The declared public number of records of the whole federation."""
         declared = self.data.records or BUILT_IN_SIZES.get(self.data.source)
@@ -341,7 +360,7 @@ class RunConfig(Options):
     def pool(self) -> float:
         """The declared number of records that a step samples from: all, or one site's."""
         pool = self.training_records
-        return pool / self.federation.sites if self.strategy == "fedavg" else pool
+        return pool / self.federation.sites if self.trains_at_sites else pool
 
     @property
     def delta(self) -> float:
@@ -350,7 +369,7 @@ class RunConfig(Options):
 
     @property
     def sampling_rate(self) -> float:
-        """The Poisson sampling rate in force; under `fedavg` of each site's own records."""
+        """The Poisson sampling rate in force; where sites train, of each one's own records."""
         return self.privacy.sampling_rate or min(1.0, _EXPECTED_BATCH / self.pool)
 
     @property
@@ -412,7 +431,7 @@ class RunConfig(Options):
                         "epsilon_holdout": self.epsilon_holdout,
                     }
                 ),
-                "aggregation": Aggregation(strategy=self.strategy),
+                "aggregation": self.aggregation.model_copy(update={"strategy": self.strategy}),
                 "evaluation": self.evaluation.model_copy(update={"every": self.evaluate_every}),
             }
         )
@@ -446,11 +465,7 @@ def check_compatibility(config: RunConfig) -> None:
             f'privacy.unit = "{config.privacy.unit}": does not go with privacy.mechanism = '
             f'"{mechanism}"; use {_either(allowed.units)}'
         )
-    if config.training.local_steps > 1 and config.strategy != "fedavg":
-        raise ValueError(
-            f"training.local_steps = {config.training.local_steps}: {config.strategy} takes one "
-            'step a round at the server; use 1, or aggregation.strategy = "fedavg"'
-        )
+    _check_strategy(config)
     # By the declared size only: to look at the data for it would be a release.
     declared = config.data.records or BUILT_IN_SIZES.get(config.data.source)
     if declared and config.delta >= 1 / declared:
@@ -475,6 +490,21 @@ def check_compatibility(config: RunConfig) -> None:
             f"federation.min_replies = {config.min_replies}: must be at most federation.sites = "
             f"{config.federation.sites}"
         )
+
+
+def _check_strategy(config: RunConfig) -> None:
+    """Refuses options that the strategy in force does not read."""
+    if config.training.local_steps > 1 and not config.trains_at_sites:
+        raise ValueError(
+            f"training.local_steps = {config.training.local_steps}: {config.strategy} takes one "
+            'step a round at the server; use 1, or aggregation.strategy = "fedavg"'
+        )
+    for option, strategy in (("server_learning_rate", "fedadam"), ("proximal", "fedprox")):
+        default = Aggregation.model_fields[option].default
+        if config.strategy != strategy and getattr(config.aggregation, option) != default:
+            raise ValueError(
+                f'aggregation.{option}: goes with aggregation.strategy = "{strategy}" only'
+            )
 
 
 def _check_durable(config: RunConfig) -> None:

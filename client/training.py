@@ -38,23 +38,26 @@ def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coin
     """What a site sends for one round.
 
     Returns:
-        Under `adam` and `sgd` a gradient sum (float64), under `fedavg` the parameters after
-        `local_steps` steps of Adam, each on a sum of its own.
+        Under `adam` and `sgd` a gradient sum (float64), else the parameters after `local_steps`
+        steps of Adam, each on a sum of its own. Under `fedprox` each step is also drawn towards the
+        server's model (Li et al. 2020, equation 2): by public numbers, after the noise.
     """
     kind = family(config.model.family)
     names = kind.trainable(module)
     # Frozen parameters are not differentiated, clipped, noised or sent.
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in names)
-    if config.strategy != "fedavg":
+    if not config.trains_at_sites:
         return gradient_sum(kind, module, records, config, plan, coins)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     # Its moments start anew each round: they are not the site's to carry from model to model.
     optimiser = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    pull = config.aggregation.proximal if config.strategy == "fedprox" else 0.0
     for _ in range(plan.releases_per_round):
         total = gradient_sum(kind, module, records, config, plan, coins)
         for name, parameter in parameters.items():
             mean = torch.from_numpy(total[name]) / plan.expected_batch
-            parameter.grad = mean.to(parameter.dtype)
+            parameter.grad = mean.to(parameter.dtype) + pull * (parameter.detach() - start[name])
         optimiser.step()
     return to_arrays(module, names)

@@ -1,8 +1,7 @@
-"""Strategies: what the server does with one round's mean. Pairs of pure functions (init, apply)."""
+"""Strategies: what the server does with one round's replies. Pairs of functions (init, apply)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -20,8 +19,8 @@ class ServerState:
         steps: Rounds applied: fewer than `round` where some were lost in a crash.
         model: The parameters that the next round starts from.
         average: Their exponential moving average, which is what is released at the end.
-        first: Adam's first moments; empty for others.
-        second: Adam's second moments; empty for others.
+        first: First moments, of `adam` and `fedadam`; empty for others.
+        second: Second moments, of the same.
     """
 
     round: int
@@ -37,16 +36,17 @@ class Strategy:
     """One way to use the sites' replies.
 
     Attributes:
-        replies: What a site sends: a gradient sum, or its model after local steps.
         init: model -> state.
-        apply: (state, mean, config) -> the state one step on; its round is the caller's to set. The
-            mean is the noised sum of gradients over the expected batch, or the uniform mean of the
-            sites' models.
+        apply: (state, combined, config) -> the state one step on; its round is the caller's to set.
+            Combined is the noised sum of gradients over the expected batch or, where sites train,
+            one model out of theirs.
+        combine: The sites' models -> that one. Theirs are noised already where there is noise at
+            all, so that nothing done with them costs any more privacy.
     """
 
-    replies: Literal["gradients", "models"]
     init: Callable[[Arrays], ServerState]
     apply: Callable[[ServerState, Arrays, RunConfig], ServerState]
+    combine: Callable[[Sequence[Arrays]], Arrays]
 
 
 def summed(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -63,6 +63,22 @@ def scaled(arrays: Mapping[str, np.ndarray], factor: float) -> dict[str, np.ndar
     return {name: (array * factor).astype(np.float32) for name, array in arrays.items()}
 
 
+def mean(models: Sequence[Arrays]) -> Arrays:
+    """The uniform mean: record counts are private, so that they weigh nothing."""
+    return scaled(summed(models), 1 / len(models))
+
+
+def median(models: Sequence[Arrays]) -> Arrays:
+    """The median of each coordinate (Yin et al. 2018, definition 1).
+
+    Fewer than half of the sites, whatever they send, cannot move a coordinate beyond the others'.
+    """
+    return {
+        name: np.median([model[name] for model in models], axis=0).astype(np.float32)
+        for name in models[0]
+    }
+
+
 def init_plain(model: Arrays) -> ServerState:
     """A state without moments."""
     return ServerState(0, 0, dict(model), dict(model), {}, {})
@@ -72,6 +88,16 @@ def init_adam(model: Arrays) -> ServerState:
     """A state with zero moments."""
     zeros = {name: np.zeros_like(array) for name, array in model.items()}
     return ServerState(0, 0, dict(model), dict(model), zeros, dict(zeros))
+
+
+_FEDADAM_FLOOR = 1e-3  # tau of the paper: how adaptive it is
+
+
+def init_fedadam(model: Arrays) -> ServerState:
+    """A state with the paper's moments: first 0, second tau^2."""
+    state = init_adam(model)
+    floor = np.float32(_FEDADAM_FLOOR**2)
+    return replace(state, second={n: np.full_like(a, floor) for n, a in model.items()})
 
 
 def apply_sgd(state: ServerState, mean: Arrays, config: RunConfig) -> ServerState:
@@ -98,15 +124,31 @@ def apply_adam(
     return _averaged(stepped, config)
 
 
-def apply_fedavg(state: ServerState, mean: Arrays, config: RunConfig) -> ServerState:
-    """The uniform mean of the sites' models (McMahan et al. 2017, without weights by size).
-
-    Record counts are private, so that they weigh nothing.
-    """
+def apply_model(state: ServerState, combined: Arrays, config: RunConfig) -> ServerState:
+    """Takes the combined model as it is (with `mean`: McMahan et al. 2017, without weights)."""
     del config
     # What is frozen is not sent, and stays.
-    model = {**state.model, **mean}
+    model = {**state.model, **combined}
     return ServerState(state.round, state.steps + 1, model, model, {}, {})
+
+
+def apply_fedadam(
+    state: ServerState, combined: Arrays, config: RunConfig, beta1: float = 0.9, beta2: float = 0.99
+) -> ServerState:
+    """A step of Adam on the mean change (Reddi et al. 2021, algorithm 2), without its weights.
+
+    As there, moments are not corrected for their start, and the floor is outside the root.
+    """
+    first, second, model = dict(state.first), dict(state.second), dict(state.model)
+    for name, found in combined.items():
+        change = found - model[name]
+        first[name] = beta1 * first[name] + (1 - beta1) * change
+        second[name] = beta2 * second[name] + (1 - beta2) * np.square(change)
+        step = first[name] / (np.sqrt(second[name]) + _FEDADAM_FLOOR)
+        rate = config.aggregation.server_learning_rate
+        model[name] = (model[name] + rate * step).astype(np.float32)
+    stepped = ServerState(state.round, state.steps + 1, model, state.average, first, second)
+    return _averaged(stepped, config)
 
 
 def _averaged(state: ServerState, config: RunConfig) -> ServerState:
@@ -122,7 +164,10 @@ def _averaged(state: ServerState, config: RunConfig) -> ServerState:
 
 
 STRATEGIES: Mapping[StrategyName, Strategy] = {
-    "sgd": Strategy("gradients", init_plain, apply_sgd),
-    "adam": Strategy("gradients", init_adam, apply_adam),
-    "fedavg": Strategy("models", init_plain, apply_fedavg),
+    "sgd": Strategy(init_plain, apply_sgd, mean),
+    "adam": Strategy(init_adam, apply_adam, mean),
+    "fedavg": Strategy(init_plain, apply_model, mean),
+    "fedprox": Strategy(init_plain, apply_model, mean),
+    "fedadam": Strategy(init_fedadam, apply_fedadam, mean),
+    "median": Strategy(init_plain, apply_model, median),
 }

@@ -296,8 +296,8 @@ def advance(
     public expected batch, whatever came.
     """
     strategy = STRATEGIES[config.strategy]
-    if strategy.replies == "models":
-        return strategy.apply(state, scaled(summed(parts), 1 / len(parts)), config)
+    if config.trains_at_sites:
+        return strategy.apply(state, strategy.combine(parts), config)
     # The one place where a trusted server's noise comes in; nothing un-noised is kept after it.
     total = MECHANISMS[priced.mechanism].at_server(summed(parts), priced.noise_scale, coins)
     mean = scaled(total, 1 / priced.expected_batch)
@@ -331,7 +331,7 @@ def _ask(
     if training:
         names = family(config.model.family).trainable(run.module)
         # Sums come as float64: the rounding of a sum to float32 would add to its sensitivity.
-        kind = np.float64 if STRATEGIES[config.strategy].replies == "gradients" else np.float32
+        kind = np.float64 if not config.trains_at_sites else np.float32
         arrays = {name: model[name].astype(kind) for name in names}
     sums = expected_sums(run.schema, run.priced) if exam else {}
     run.folder.ask(asked)

@@ -746,8 +746,8 @@ def test_the_table_is_the_design_s() -> None:
     """The design's cells, by hand: a server optimiser needs un-noised sums, fedavg full noise."""
     assert {name: set(row.strategies) for name, row in COMPATIBILITY.items()} == {
         "central": {"adam", "sgd"},
-        "local": {"fedavg"},
-        "none": {"adam", "sgd", "fedavg"},
+        "local": {"fedavg", "fedprox", "fedadam", "median"},
+        "none": {"adam", "sgd", "fedavg", "fedprox", "fedadam", "median"},
     }
     assert "NOBODY" in COMPATIBILITY["none"].against
     assert COMPATIBILITY["central"].against.startswith("everyone but the server")
@@ -776,16 +776,47 @@ def test_each_cell_is_accepted_or_refused_as_the_table_says(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_only_fedavg_takes_several_local_steps(strategy: StrategyName) -> None:
+def test_where_sites_train_they_may_take_several_steps(strategy: StrategyName) -> None:
     raw = raw_config(
         privacy={"mechanism": "none"},
         aggregation={"strategy": strategy},
         training={"local_steps": 5},
     )
-    if strategy == "fedavg":
+    if strategy not in {"adam", "sgd"}:
         assert validated(RunConfig, raw).training.local_steps == 5
     else:
         assert refusal(raw).startswith(f"training.local_steps = 5: {strategy} takes one step")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("option", "owner"), [("proximal", "fedprox"), ("server_learning_rate", "fedadam")]
+)
+def test_an_option_of_another_strategy_is_refused(
+    strategy: StrategyName, option: str, owner: str
+) -> None:
+    raw = raw_config(privacy={"mechanism": "none"}, aggregation={"strategy": strategy, option: 0.5})
+    if strategy == owner:
+        assert getattr(validated(RunConfig, raw).resolved().aggregation, option) == 0.5
+    else:
+        assert refusal(raw).startswith(f"aggregation.{option}: goes with aggregation.strategy")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("ray_address", "10.0.0.1:6379"), ("client_cpus", 2), ("client_gpus", 0.5)],
+)
+def test_options_of_ray_are_refused_elsewhere(option: str, value: object) -> None:
+    line = refusal(raw_config(federation={option: value}))
+    assert line == f'federation.{option}: goes with federation.engine = "ray" only'
+    allowed = raw_config(federation={option: value, "engine": "ray"})
+    assert getattr(validated(RunConfig, allowed).federation, option) == value
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:6379", "10.0.0.1", "a b:1", "host:", ""])
+def test_a_ray_address_is_a_host_and_a_port(address: str) -> None:
+    line = refusal(raw_config(federation={"ray_address": address, "engine": "ray"}))
+    assert line.startswith("federation.ray_address = ")
 
 
 def test_importing_the_configuration_loads_nothing_heavy(tmp_path: Path) -> None:

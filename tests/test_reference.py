@@ -100,7 +100,11 @@ def test_every_row_of_the_table_has_four_cells() -> None:
         ("privacy.epsilon", "number > 0, <= 100", "`3.0`"),
         ("privacy.delta", "number > 0, < 1", "derived"),
         ("privacy.sampling_rate", "number > 0, <= 1", "derived"),
-        ("aggregation.strategy", "`sgd`, `adam`, `fedavg`", "derived"),
+        (
+            "aggregation.strategy",
+            "`sgd`, `adam`, `fedavg`, `fedprox`, `fedadam`, `median`",
+            "derived",
+        ),
     ],
 )
 def test_a_row_says_what_may_be_given(option: str, values: str, default: str) -> None:
@@ -112,8 +116,8 @@ def test_every_mechanism_stands_in_the_second_table() -> None:
     lines = markdown().split("\n\n")[1].splitlines()[2:]
     assert len(lines) == len(COMPATIBILITY)
     assert (
-        "| `local` | everyone, the server and the other sites included | `fedavg` | `record` |"
-        in lines
+        "| `local` | everyone, the server and the other sites included "
+        "| `fedavg`, `fedprox`, `fedadam`, `median` | `record` |" in lines
     )
 
 

@@ -15,7 +15,7 @@ from fedveil.config import RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.models import Batch, Family, family
 from fedveil.models.layers import initialise
-from fedveil.models.state import to_arrays
+from fedveil.models.state import Arrays, to_arrays
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
 
@@ -298,6 +298,50 @@ class TestTrain:
             )
             after = flat(train(module, batch(count), averaged, once, Everyone()))
             assert after - before == pytest.approx(-total / 1000.0, abs=1e-6)
+
+
+class TestFedProx:
+    """Li et al. 2020, equation 2: a step's gradient has mu (w - w0) in it."""
+
+    def after(
+        self, proximal: float, make_config: MakeConfig, patch: pytest.MonkeyPatch
+    ) -> list[np.ndarray]:
+        """The start, and where two plain steps of rate 1 lead, with their noised gradient sums."""
+        config = make_config(
+            privacy={"mechanism": "none"},
+            aggregation={"strategy": "fedprox", "proximal": proximal},
+            training={"local_steps": 2},
+        ).resolved()
+
+        def descend(parameters: object, lr: float) -> torch.optim.SGD:
+            return torch.optim.SGD(parameters, lr=1.0)  # type: ignore[arg-type]
+
+        seen: list[Arrays] = []
+
+        def fixed(_: Family, module: nn.Module, *rest: object) -> Arrays:
+            seen.append(to_arrays(module))
+            return {name: np.ones(a.shape) for name, a in to_arrays(module).items()}
+
+        patch.setattr(torch.optim, "Adam", descend)
+        patch.setattr(training, "gradient_sum", fixed)
+        module, priced = module_for(config), replace(plan(config), expected_batch=4.0)
+        sent = train(module, batch(8), config, priced, Everyone())
+        return [flat(arrays) for arrays in (*seen, sent)]
+
+    def test_two_steps_by_hand(
+        self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Every gradient is 1/4. Step one starts at w0, so nothing pulls: w0 - 1/4. Step two is
+        # pulled back by half of that way: w0 - 1/4 - (1/4 - 1/8) = w0 - 3/8.
+        start, first, second = self.after(0.5, make_config, monkeypatch)
+        assert first - start == pytest.approx(-0.25, abs=1e-6)
+        assert second - start == pytest.approx(-0.375, abs=1e-6)
+
+    def test_the_stronger_it_is_the_nearer_the_site_stays(
+        self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        start, _, end = self.after(1.0, make_config, monkeypatch)
+        assert end - start == pytest.approx(-0.25, abs=1e-6)
 
 
 class TestFrozen:

@@ -1,6 +1,7 @@
 """Strategies by hand-computed numbers, and against torch's own Adam."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fedveil.config import COMPATIBILITY, RunConfig
-from fedveil.server.aggregation import STRATEGIES, ServerState, scaled, summed
+from fedveil.server.aggregation import STRATEGIES, ServerState, mean, median, scaled, summed
 
 MakeConfig = Callable[..., RunConfig]
 Arrays = Mapping[str, np.ndarray]
@@ -42,8 +43,8 @@ def steps(config: RunConfig, model: Arrays, means: Sequence[Arrays]) -> list[Ser
     """The states after each of some rounds, the initial one first."""
     strategy = STRATEGIES[config.strategy]
     states = [strategy.init(model)]
-    for mean in means:
-        states.append(strategy.apply(states[-1], mean, config))
+    for combined in means:
+        states.append(strategy.apply(states[-1], combined, config))
     return states
 
 
@@ -231,3 +232,73 @@ def test_fedavg_takes_the_mean_of_the_models(configured: Callable[..., RunConfig
     assert states[1].model["w"].tolist() == [4, 6]
     assert states[1].average["w"].tolist() == [4, 6]
     assert states[2].model["w"].tolist() == [1, 1]
+
+
+def test_fedprox_takes_it_too_for_the_pull_is_the_sites(
+    configured: Callable[..., RunConfig],
+) -> None:
+    states = steps(configured("fedprox", ema=0.9), {"w": vector(0, 0)}, [{"w": vector(4, 6)}])
+    assert states[1].model["w"].tolist() == states[1].average["w"].tolist() == [4, 6]
+
+
+class TestFedAdam:
+    """Reddi et al. 2021, algorithm 2, with beta 0.9 and 0.99, tau 1e-3, here at rate 0.01."""
+
+    def test_the_first_step_by_hand(self, configured: Callable[..., RunConfig]) -> None:
+        # From 1 to a mean of 3: change 2, first 0.2, second 0.99e-6 + 0.04, root 0.2000025.
+        states = steps(configured("fedadam"), {"w": vector(1)}, [{"w": vector(3)}])
+        expected = 1 + 0.01 * 0.2 / (math.sqrt(0.99e-6 + 0.04) + 1e-3)
+        assert float(states[1].model["w"][0]) == pytest.approx(expected, rel=1e-6)
+        assert float(states[1].model["w"][0]) == pytest.approx(1.00995, abs=1e-6)
+
+    def test_the_second_step_by_hand(self, configured: Callable[..., RunConfig]) -> None:
+        # The sites' mean is the server's model and 2 more, twice.
+        means = [{"w": vector(3)}, {"w": vector(3.00995)}]
+        states = steps(configured("fedadam"), {"w": vector(1)}, means)
+        first = 0.9 * 0.2 + 0.1 * 2
+        second = 0.99 * (0.99e-6 + 0.04) + 0.01 * 4
+        step = 0.01 * first / (math.sqrt(second) + 1e-3)
+        moved = float(states[2].model["w"][0]) - float(states[1].model["w"][0])
+        assert moved == pytest.approx(step, rel=1e-4)
+
+    def test_without_a_change_the_model_stays(self, configured: Callable[..., RunConfig]) -> None:
+        states = steps(configured("fedadam"), {"w": vector(5)}, [{"w": vector(5)}])
+        assert states[1].model["w"].tolist() == [5]
+
+    def test_a_small_change_makes_a_small_step(self, configured: Callable[..., RunConfig]) -> None:
+        """The floor keeps the step in proportion where changes are far below it."""
+        states = steps(configured("fedadam"), {"w": vector(0)}, [{"w": vector(1e-6)}])
+        expected = 0.01 * 1e-7 / (math.sqrt(0.99e-6) + 1e-3)
+        assert float(states[1].model["w"][0]) == pytest.approx(expected, rel=1e-4)
+
+    def test_what_is_released_is_the_average(self, configured: Callable[..., RunConfig]) -> None:
+        states = steps(configured("fedadam", ema=0.9), {"w": vector(1)}, [{"w": vector(3)}])
+        moved = float(states[1].model["w"][0])
+        assert float(states[1].average["w"][0]) == pytest.approx(0.1 * 1 + 0.9 * moved, rel=1e-6)
+
+
+class TestCombining:
+    def test_the_mean_by_hand(self) -> None:
+        models = [{"w": vector(1, 8)}, {"w": vector(2, 0)}, {"w": vector(6, 1)}]
+        assert mean(models)["w"].tolist() == [3, 3]
+
+    def test_the_median_by_hand(self) -> None:
+        models = [{"w": vector(1, 8)}, {"w": vector(2, 0)}, {"w": vector(6, 1)}]
+        assert median(models)["w"].tolist() == [2, 1]
+
+    def test_of_an_even_number_the_two_in_the_middle_count(self) -> None:
+        models = [{"w": vector(number)} for number in (10, 1, 4, 2)]
+        assert median(models)["w"].tolist() == [3]
+
+    @pytest.mark.parametrize("evil", [-1e30, 1e30])
+    def test_fewer_than_half_cannot_move_the_median_beyond_the_others(self, evil: float) -> None:
+        models = [{"w": vector(number)} for number in (1.0, 2.0, 3.0, evil, evil)]
+        assert 1 <= float(median(models)["w"][0]) <= 3
+        assert abs(float(mean(models)["w"][0])) > 1e29
+
+    def test_types_stay(self) -> None:
+        models = [{"w": vector(1)}, {"w": vector(2)}]
+        assert mean(models)["w"].dtype == median(models)["w"].dtype == np.float32
+
+    def test_only_the_median_strategy_takes_it(self) -> None:
+        assert {n for n, s in STRATEGIES.items() if s.combine is median} == {"median"}

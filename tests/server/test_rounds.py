@@ -84,7 +84,7 @@ def model_for(config: RunConfig) -> tuple[nn.Module, ServerState]:
 
 def sent_as(config: RunConfig) -> type[np.floating]:
     """The type of what a site sends: sums are float64, models float32."""
-    return np.float32 if config.strategy == "fedavg" else np.float64
+    return np.float32 if config.trains_at_sites else np.float64
 
 
 def constant(
@@ -452,7 +452,7 @@ class TestTrain:
         ]
         assert [dropped_in(event) for event in told(observed, "round")] == [[], [2]]
 
-    @pytest.mark.parametrize("strategy", ["sgd", "adam", "fedavg"])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_sums_are_float64_and_models_float32(
         self, make_config: MakeConfig, folder: RunFolder, strategy: str
     ) -> None:
@@ -480,7 +480,7 @@ class TestTrain:
         # The model itself travels as float32, whatever comes back.
         assert {a.dtype.name for _, task in grid.tasks for a in task.arrays.values()} == {"float32"}
 
-    @pytest.mark.parametrize("strategy", ["sgd", "fedavg"])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_only_the_trainable_parameters_are_expected(
         self,
         make_config: MakeConfig,
@@ -901,7 +901,7 @@ def lost_rounds(folder: RunFolder) -> list[int]:
     return sorted({number for event in events for number in event["lost"]})
 
 
-@pytest.fixture(params=["adam", "sgd", "fedavg"])
+@pytest.fixture(params=["adam", "sgd", "fedavg", "fedadam"])
 def each(request: pytest.FixtureRequest, make_config: MakeConfig) -> RunConfig:
     """Three rounds of each strategy without a mechanism: the replies are all that moves a model."""
     return make_config(

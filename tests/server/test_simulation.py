@@ -52,6 +52,7 @@ from fedveil.privacy.limits import (
 )
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import plan
+from fedveil.server.aggregation import STRATEGIES
 from fedveil.server.app import ignore
 from fedveil.server.rounds import RunError
 from fedveil.server.simulation import run
@@ -325,7 +326,7 @@ class TestRuns:
         assert first.keys() == second.keys()
         assert digest(first) != digest(second)
 
-    @pytest.mark.parametrize("strategy", ["adam", "fedavg"])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_the_number_of_workers_changes_nothing(
         self,
         make_config: MakeConfig,
