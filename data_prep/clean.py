@@ -68,7 +68,7 @@ def clean(
     """
     names = [c.name for c in schema.columns] + ([] if schema.person is None else [schema.person])
     texts = frame.select(trimmed(frame[name], schema.missing) for name in names)
-    texts = texts.filter(~pl.all_horizontal(pl.all().is_null()))
+    texts = texts.filter(~_all_null(texts.get_columns()))
     columns: list[pl.Series] = []
     reports: dict[str, ColumnReport] = {}
     keep = pl.Series([True]).new_from_index(0, texts.height)
@@ -80,7 +80,8 @@ def clean(
     if schema.person is not None:
         keep &= texts[schema.person].is_not_null()
         columns.append(texts[schema.person])
-    cleaned = pl.DataFrame(columns).filter(keep)
+    # Of whom nothing is left is blank when read again: so that cleaning twice is cleaning once.
+    cleaned = pl.DataFrame(columns).filter(keep & ~_all_null(columns))
     blank = frame.height - texts.height
     return cleaned, CleaningReport(frame.height, blank, cleaned.height, reports)
 
@@ -120,6 +121,24 @@ def trimmed(text: pl.Series, missing: tuple[str, ...]) -> pl.Series:
     return text.set(text.is_in(["", *missing]), None)
 
 
+def categories_of(text: pl.Series, column: Column) -> tuple[pl.Series, pl.Series]:
+    """Trimmed values with their aliases resolved, and which of them are not declared."""
+    values = text.replace(column.aliases) if column.aliases else text
+    return values, values.is_not_null() & ~_filled(values.is_in(list(column.categories)))
+
+
+def numbers_of(text: pl.Series, column: Column) -> tuple[pl.Series, pl.Series, pl.Series]:
+    """Trimmed values as Float64, null for what is none; which are none; which are out of bounds."""
+    low, high = bounds(column)
+    values = text.cast(pl.Float64, strict=False) + 0.0  # so that -0 is 0, in hashes too
+    usable = _filled(values.is_finite())
+    if column.kind == "integer":
+        usable &= _filled(values == values.round())
+    wrong = text.is_not_null() & ~usable
+    values = values.set(wrong, None)
+    return values, wrong, _filled((values < low) | (values > high))
+
+
 def bounds(column: Column) -> tuple[float, float]:
     """A number's declared bounds.
 
@@ -134,8 +153,7 @@ def bounds(column: Column) -> tuple[float, float]:
 def _categories(
     text: pl.Series, column: Column, rules: Clean
 ) -> tuple[pl.Series, pl.Series, ColumnReport]:
-    values = text.replace(column.aliases) if column.aliases else text
-    unknown = values.is_not_null() & ~_filled(values.is_in(list(column.categories)))
+    values, unknown = categories_of(text, column)
     report = ColumnReport(
         missing=text.null_count(), unknown_categories=_count(unknown), example=_first(text, unknown)
     )
@@ -146,13 +164,7 @@ def _numbers(
     text: pl.Series, column: Column, rules: Clean
 ) -> tuple[pl.Series, pl.Series, ColumnReport]:
     low, high = bounds(column)
-    values = text.cast(pl.Float64, strict=False) + 0.0  # so that -0 is 0, in hashes too
-    usable = _filled(values.is_finite())
-    if column.kind == "integer":
-        usable &= _filled(values == values.round())
-    wrong = text.is_not_null() & ~usable
-    values = values.set(wrong, None)
-    outside = _filled((values < low) | (values > high))
+    values, wrong, outside = numbers_of(text, column)
     report = ColumnReport(
         missing=text.null_count(),
         type_errors=_count(wrong),
@@ -167,6 +179,11 @@ def _numbers(
 
 def _filled(mask: pl.Series) -> pl.Series:
     return mask.fill_null(value=False)
+
+
+def _all_null(columns: list[pl.Series]) -> pl.Series:
+    """Which rows have no value at all."""
+    return pl.DataFrame(columns).select(pl.all_horizontal(pl.all().is_null())).to_series()
 
 
 def _count(mask: pl.Series) -> int:

@@ -116,6 +116,33 @@ def decode(encoded: Encoded, schema: Schema) -> Images:
     return Images(pixels, names[encoded.y], np.ones(len(pixels), dtype=bool))
 
 
+def read_npz_arrays(path: Path, names: list[str] | None) -> dict[str, np.ndarray]:
+    """Reads the named arrays of an .npz archive, or all.
+
+    Raises:
+        DataError: It cannot be read, or has none of a name.
+    """
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"data.source = {path}: is a single array, no .npz archive")
+            names = archive.files if names is None else names
+            if absent := [name for name in names if name not in archive.files]:
+                raise DataError(
+                    f'data.source = {path}: has no array "{absent[0]}"; it has '
+                    f"{', '.join(archive.files)}"
+                )
+            return {name: archive[name] for name in names}
+    except _NPZ_ERRORS as error:
+        raise DataError(f"data.source = {path}: cannot be read: {error}") from None
+
+
+def image_files(path: Path) -> list[Path]:
+    """The images of a folder and the folders in it, in order."""
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+
+
 def _image(schema: Schema) -> ImageSchema:
     if not isinstance(schema, ImageSchema):
         raise DataError(f"schema: is for a {schema.modality}, the source holds images")
@@ -133,7 +160,7 @@ def _digits() -> Images:
 
 def _read_npz(path: Path, schema: ImageSchema) -> Images:
     wanted = [schema.images, schema.labels] if schema.classes else [schema.images]
-    arrays = _npz_arrays(path, wanted)
+    arrays = read_npz_arrays(path, wanted)
     pixels = arrays[schema.images]
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
     shape = (schema.height, schema.width, schema.channels)
@@ -151,22 +178,6 @@ def _read_npz(path: Path, schema: ImageSchema) -> Images:
     return Images(pixels, _class_names(labels, schema), np.ones(len(pixels), dtype=bool))
 
 
-def _npz_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"data.source = {path}: is a single array, no .npz archive")
-            if absent := [name for name in names if name not in archive.files]:
-                raise DataError(
-                    f'data.source = {path}: has no array "{absent[0]}"; it has '
-                    f"{', '.join(archive.files)}"
-                )
-            return {name: archive[name] for name in names}
-    except _NPZ_ERRORS as error:
-        raise DataError(f"data.source = {path}: cannot be read: {error}") from None
-
-
 def _class_names(labels: np.ndarray, schema: ImageSchema) -> np.ndarray:
     if not schema.classes:
         return np.full(len(labels), "")
@@ -179,7 +190,7 @@ def _class_names(labels: np.ndarray, schema: ImageSchema) -> np.ndarray:
 
 
 def _read_folder(path: Path, schema: ImageSchema) -> Images:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    files = image_files(path)
     pixels = np.zeros((len(files), schema.height, schema.width, schema.channels), dtype=np.uint8)
     usable = np.zeros(len(files), dtype=bool)
     for index, file in enumerate(files):

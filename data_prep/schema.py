@@ -2,6 +2,7 @@
 
 A schema is public. It fixes the domains (bounds, categories, shape, classes) and, with them, the
 layout of an encoded record, so that every site encodes alike and a model can be built without data.
+What a draft read off the data is marked as `unconfirmed`; no run takes a schema with such a mark.
 """
 
 import json
@@ -19,6 +20,8 @@ from ..config import ConfigError, Options, read_toml, validated
 
 Names = Annotated[tuple[str, ...], Strict(False)]  # noqa: FBT003
 Bounds = Annotated[tuple[float, float], Strict(False)]  # noqa: FBT003
+# Left out where there is none: a confirmed schema's JSON, and its hash in a ledger, know no marks.
+Marks = Annotated[Names, Field(exclude_if=lambda names: not names)]
 
 
 class Column(Options):
@@ -31,6 +34,7 @@ class Column(Options):
     aliases: dict[str, str] = Field(default_factory=dict)  # other spellings of a category
     transform: Literal["none", "log1p"] = "none"
     nullable: bool = False
+    unconfirmed: Marks = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -92,6 +96,7 @@ class TableSchema(Options):
     person: Annotated[str, Field(min_length=1)] | None = None
     missing: Names = ("", "NA", "?")
     header: bool = True  # without one, a file has all columns in the declared order
+    unconfirmed: Marks = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -165,6 +170,7 @@ class ImageSchema(Options):
     classes: Names = ()
     images: str = "images"  # the array in an npz file: [N, H, W] or [N, H, W, C], uint8
     labels: str = "labels"  # the array in an npz file: [N], a class's name or its index
+    unconfirmed: Marks = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -197,35 +203,52 @@ _SCHEMAS: dict[str, type[TableSchema] | type[ImageSchema]] = {
 }
 
 
-def load_schema(path: Path | str) -> Schema:
-    """Reads a schema from TOML.
+def load_schema(path: Path | str, *, draft: bool = False) -> Schema:
+    """Reads a schema from TOML; `draft` allows one with marks, for looking at data only.
 
     Raises:
-        ConfigError: The file cannot be read, or declares no usable schema.
+        ConfigError: The file cannot be read, declares no usable schema, or is a draft.
     """
-    return parse_schema(read_toml(Path(path)), origin=str(path))
+    return parse_schema(read_toml(Path(path)), origin=str(path), draft=draft)
 
 
-def parse_schema(raw: dict[str, Any], origin: str) -> Schema:
+def parse_schema(raw: dict[str, Any], origin: str, *, draft: bool = False) -> Schema:
     """Makes a schema from plain values; `origin` names them in errors.
 
     Raises:
-        ConfigError: They declare no usable schema.
+        ConfigError: They declare no usable schema, or one with marks where `draft` is not said.
     """
     modality = raw.get("modality", "table")
     if not isinstance(modality, str) or modality not in _SCHEMAS:
         raise ConfigError(f"{origin}: modality = {modality!r}: must be table or image")
     try:
-        return validated(_SCHEMAS[modality], raw)
+        schema: Schema = validated(_SCHEMAS[modality], raw)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
+    if (found := marks(schema)) and not draft:
+        (section, names), *more = found.items()
+        raise ConfigError(
+            f"{origin}: {section}unconfirmed = {json.dumps(names, ensure_ascii=False)}: was read "
+            "off the data; check it against the code book and delete that line"
+            + (f" (and {len(more)} more)" if more else "")
+        )
+    return schema
+
+
+def marks(schema: Schema) -> dict[str, tuple[str, ...]]:
+    """What was read off the data and nobody confirmed: option names by their section's name."""
+    columns = schema.columns if isinstance(schema, TableSchema) else ()
+    sections = {"": schema.unconfirmed} | {
+        f'column "{column.name}": ': column.unconfirmed for column in columns
+    }
+    return {section: names for section, names in sections.items() if names}
 
 
 def schema_from_json(text: str) -> Schema:
     """Reads what `schema_to_json` made.
 
     Raises:
-        ConfigError: It is no schema.
+        ConfigError: It is no schema, or a draft of one.
     """
     try:
         raw = json.loads(text)

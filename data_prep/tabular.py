@@ -1,6 +1,8 @@
 """Tables: read, encode to numbers in [0, 1], decode back."""
 
 import csv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ from .clean import CleaningReport, DataError, bounds, trimmed
 from .clean import clean as clean_table
 from .modality import Encoded, Modality
 from .schema import Block, Schema, TableSchema, parse_schema, repeated
+from .words import nearest
 
-_SUFFIXES = (".csv", ".tsv", ".data", ".parquet")
+TEXT_SUFFIXES = (".csv", ".tsv", ".data")
+_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 
 def read(source: str, schema: Schema) -> pl.DataFrame:
@@ -31,11 +35,82 @@ def read(source: str, schema: Schema) -> pl.DataFrame:
         found = ", ".join(map(ascii, frame.columns[:8])) or "no columns"
         raise DataError(
             f'data.source = {source}: column "{absent[0]}" is missing; the file has {found}'
+            f"{_hint(absent[0], frame.columns)}"
         )
+    with _reading(source):
+        return frame.select(as_text(frame[name]) for name in wanted)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, NaN and infinity included."""
     try:
-        return frame.select(_text(frame[name]) for name in wanted)
-    except pl.exceptions.PolarsError as error:
-        raise _unreadable(source, error) from None
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def read_parquet(path: Path) -> pl.DataFrame:
+    """Reads a Parquet file with the types that it has.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    with _reading(str(path)):
+        return pl.read_parquet(path)
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Reads the fields of each line of a text table that is not blank; the header is one of them.
+
+    A quote that is not closed ends with its line, and bytes that are not UTF-8 are replaced: no
+    record can spoil the reading of another.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    with _reading(str(path)), path.open(encoding="utf-8", errors="replace") as opened:
+        # A byte order mark is taken off any line, or the first record would differ from others.
+        lines = [line.removeprefix("\ufeff") for line in opened]
+    return [_fields(line, separator) for line in lines if line.strip()]
+
+
+def table_path(source: str) -> Path:
+    """The file of a table.
+
+    Raises:
+        DataError: There is none, or its ending is not a table's.
+    """
+    path = Path(source)
+    if source.startswith("sklearn:"):
+        raise DataError(f"data.source = {source}: is no table that is built in")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise DataError(f"data.source = {source}: must end in {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"data.source = {source}: is no file; check the path")
+    return path
+
+
+def as_text(series: pl.Series) -> pl.Series:
+    """Values as strings; bytes that are not UTF-8 are replaced, value by value.
+
+    Raises:
+        polars.exceptions.PolarsError: They are no plain values, such as lists.
+    """
+    if series.dtype != pl.Binary:
+        return series.cast(pl.String, strict=False)
+    decoded = [None if value is None else value.decode(errors="replace") for value in series]
+    return pl.Series(series.name, decoded, dtype=pl.String)
+
+
+def separator_hint(names: Sequence[str]) -> str:
+    """What to do where a header of one name, or a line of one field, is several in disguise."""
+    told = {";": "a semicolon", "\t": "a tab", "|": "a bar", ",": "a comma"}
+    found = next((told[s] for s in told if len(names) == 1 and s in names[0]), None)
+    if found is None:
+        return ""
+    return f"; its separator seems to be {found}: save it with commas as .csv, or with tabs as .tsv"
 
 
 def clean(raw: pl.DataFrame, schema: Schema, rules: Clean) -> tuple[pl.DataFrame, CleaningReport]:
@@ -116,41 +191,24 @@ def _table(schema: Schema) -> TableSchema:
     return schema
 
 
+def _hint(absent: str, names: Sequence[str]) -> str:
+    """Why a column may be missing."""
+    hint = separator_hint(names) or nearest(absent, names)
+    unlike_names = any(is_number(name) for name in names)
+    return hint or ("; if it has no header: header = false" if unlike_names else "")
+
+
 def _read_file(source: str, schema: TableSchema) -> pl.DataFrame:
-    path = Path(source)
-    if source.startswith("sklearn:"):
-        raise DataError(f"data.source = {source}: is no table that is built in")
-    if path.suffix.lower() not in _SUFFIXES:
-        raise DataError(f"data.source = {source}: must end in {', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise DataError(f"data.source = {source}: is no file; check the path")
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pl.read_parquet(path)
-        return _read_lines(path, schema)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        raise _unreadable(source, error) from None
-
-
-def _text(series: pl.Series) -> pl.Series:
-    """Values as strings; bytes that are not UTF-8 are replaced, value by value."""
-    if series.dtype != pl.Binary:
-        return series.cast(pl.String, strict=False)
-    decoded = [None if value is None else value.decode(errors="replace") for value in series]
-    return pl.Series(series.name, decoded, dtype=pl.String)
+    path = table_path(source)
+    return read_parquet(path) if path.suffix.lower() == ".parquet" else _read_lines(path, schema)
 
 
 def _read_lines(path: Path, schema: TableSchema) -> pl.DataFrame:
     """Reads a CSV file, where one line is one record whatever stands in the others.
 
-    A quote that is not closed ends with its line, a line with a wrong number of fields is blank,
-    and bytes that are not UTF-8 are replaced: no record can spoil the reading of another.
+    A line with a wrong number of fields is blank.
     """
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8", errors="replace") as opened:
-        # A byte order mark is taken off any line, or the first record would differ from others.
-        lines = [line.removeprefix("\ufeff") for line in opened]
-    rows = [_fields(line, separator) for line in lines if line.strip()]
+    rows = read_rows(path)
     names = [column.name for column in schema.columns]
     if schema.header:
         names = [name.strip() for name in rows.pop(0)] if rows else []
@@ -158,7 +216,8 @@ def _read_lines(path: Path, schema: TableSchema) -> pl.DataFrame:
             raise DataError(f"data.source = {path}: column {twice!a} is there twice")
     blank = [None] * len(names)
     whole = [row if len(row) == len(names) else blank for row in rows]
-    return pl.DataFrame(whole, schema=dict.fromkeys(names, pl.String), orient="row")
+    with _reading(str(path)):
+        return pl.DataFrame(whole, schema=dict.fromkeys(names, pl.String), orient="row")
 
 
 def _fields(line: str, separator: str) -> list[str]:
@@ -168,9 +227,13 @@ def _fields(line: str, separator: str) -> list[str]:
         return []
 
 
-def _unreadable(source: str, error: BaseException) -> DataError:
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return DataError(f"data.source = {source}: cannot be read: {first}")
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"data.source = {source}: cannot be read: {first}") from None
 
 
 def _codes(series: pl.Series, categories: tuple[str, ...]) -> np.ndarray:

@@ -32,6 +32,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "privacy": ("privacy", "config", "files"),
     "privacy.audit": EVERYTHING,
     "data_prep": ("data_prep", "config"),
+    # It writes files that are whole or not there.
+    "data_prep.cleaned": ("data_prep", "config", "files"),
     "models": ("models", "data_prep.schema", "data_prep.queries", "config"),
     "client": ("client", "models", "privacy", "data_prep", "wire", "config", "flower"),
     "server": (
