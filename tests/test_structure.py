@@ -21,7 +21,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "run": EVERYTHING,
     "ledgers": EVERYTHING,
     "export": EVERYTHING,
-    "compare": ("config", "server.store"),
+    "compare": ("config",),
     "doctor": ("machine",),
     "machine": ("files",),
     "reference": ("config",),
