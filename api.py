@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def simulate(
         overrides: Options that win, by section: `privacy={"epsilon": 3.0}`.
 
     Returns:
-        The finished run, with samples of its model in its folder.
+        The finished run, with samples of its model and a report in its folder.
 
     Raises:
         ConfigError: The configuration, the data or the folder is unusable. Nothing has run.
@@ -63,9 +64,16 @@ def simulate(
     with folder.locked(resume=resume):
         if resume:
             _same_config(run, resolved, schema)
-        if not run.finished:
-            run_engine(resolved, schema, shards, path, observe or ignore)
-        _write_samples(run)
+        try:
+            if not run.finished:
+                run_engine(resolved, schema, shards, path, observe or ignore)
+            _write_samples(run)
+        except Exception:
+            # What must be told is why the run failed, not that there is no report of it.
+            with suppress(Exception):
+                run.report()
+            raise
+        run.report()
     return run
 
 

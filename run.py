@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import polars as pl
     from torch import nn
 
+    from .models import Batch
+
 
 class Run:
     """A finished run.
@@ -95,6 +97,35 @@ class Run:
         self, n: int, seed: int | None = None, labels: Sequence[int] | None = None
     ) -> Any:  # noqa: ANN401
         """As `sample`, but images come as `Images`, with their labels."""
+        batch = self._draw(n, seed, labels)
+        encoded = Encoded(batch.x.numpy(), batch.y.numpy())
+        return modality(self.schema).decode(encoded, self.schema)
+
+    def histograms(self, n: int, seed: int | None = None) -> "np.ndarray":
+        """One-way histograms of n synthetic records, as `models.histograms` joins them."""
+        from .models.histograms import one_way
+
+        return one_way(self._draw(n, seed), self.schema)
+
+    def report(self, out: Path | str | None = None) -> Path:
+        """Writes the HTML report, of a run that failed or was cut off too.
+
+        Args:
+            out: Where to; `report.html` in the run folder by default.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            FedveilError: The folder holds no run, or damaged files; or it cannot be written.
+        """
+        from .reports import write_report
+
+        return write_report(self, Path(out) if out is not None else None)
+
+    def _draw(
+        self, n: int, seed: int | None = None, labels: Sequence[int] | None = None
+    ) -> "Batch":
         import torch
 
         from .models import family
@@ -105,9 +136,7 @@ class Run:
             raise ConfigError(f"seed = {seed}: must be 0 to 2^63 - 1")
         wanted = None if labels is None else torch.tensor(self._checked(n, labels))
         generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        batch = family(self.config.model.family).sample(self._module, n, generator, wanted)
-        encoded = Encoded(batch.x.numpy(), batch.y.numpy())
-        return modality(self.schema).decode(encoded, self.schema)
+        return family(self.config.model.family).sample(self._module, n, generator, wanted)
 
     def evaluate(self, data: Path | str) -> dict[str, Any]:
         """Exact figures of the run's model for records of one's own: NOT PRIVATE.

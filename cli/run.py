@@ -152,3 +152,4 @@ def _print_summary(run: "Run") -> None:
     typer.echo(f"What cleaning found: {run.path}/sites/*/cleaning.json")
     for file in sorted(run.path.glob("samples.*")):
         typer.echo(f"Samples: {file}")
+    typer.echo(f"Report: {run.path / 'report.html'}")

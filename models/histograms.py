@@ -59,11 +59,12 @@ def _cells_of(column: Column) -> Cells:
 
 def _edges(column: Column) -> np.ndarray:
     """Ends of a number's parts in its own units, [NUMBER_BINS + 1]."""
-    bounds = np.array(column.bounds or (0.0, 1.0))
+    low, high = column.bounds or (0.0, 1.0)
     if column.transform == "log1p":
-        equal: np.ndarray = np.expm1(np.linspace(*np.log1p(bounds), NUMBER_BINS + 1))
+        low, high = math.log1p(low), math.log1p(high)
+        equal: np.ndarray = np.expm1(np.linspace(low, high, NUMBER_BINS + 1))
         return equal
-    return np.linspace(*bounds, NUMBER_BINS + 1)
+    return np.linspace(low, high, NUMBER_BINS + 1)
 
 
 def cells(records: Batch, schema: Schema) -> list[np.ndarray]:
@@ -110,11 +111,15 @@ def parted(whole: np.ndarray, schema: Schema) -> list[np.ndarray]:
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """The nearest distribution to noised counts (Duchi et al. 2008, figure 1)."""
+    """The nearest distribution to noised counts."""
     total = counts.sum()
     if total <= 0:
         return np.full(len(counts), 1 / len(counts))
-    raw = counts / total
+    return nearest(counts / total)
+
+
+def nearest(raw: np.ndarray) -> np.ndarray:
+    """The nearest distribution to any finite numbers (Duchi et al. 2008, figure 1)."""
     ordered = np.sort(raw)[::-1]
     excess = (np.cumsum(ordered) - 1) / np.arange(1, len(raw) + 1)
     threshold = excess[np.flatnonzero(ordered > excess)[-1]]

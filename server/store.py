@@ -37,6 +37,7 @@ _STATE = ("model", "average", "first", "second")
 _SOURCES = (
     ".", "cli", "client", "data_prep", "models", "privacy", "server", "server/simulation",
 )  # fmt: skip
+_SOURCE_ENDINGS = (".py", ".j2", ".css")
 _VERSIONED = (
     "fedveil", "flwr", "torch", "opacus", "dp-accounting", "numpy", "polars", "cryptography",
 )  # fmt: skip
@@ -322,7 +323,9 @@ def environment() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for folder in _SOURCES:
-        for file in sorted((root / folder).glob("*.py")):
+        for file in sorted((root / folder).glob("*.*")):
+            if file.suffix not in _SOURCE_ENDINGS:
+                continue
             digest.update(f"{folder}/{file.name}\0".encode() + file.read_bytes())
     versions = {}
     for name in _VERSIONED:

@@ -20,6 +20,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "api": EVERYTHING,
     "run": EVERYTHING,
     "ledgers": EVERYTHING,
+    "reports": EVERYTHING,
     "export": EVERYTHING,
     "compare": ("config",),
     "doctor": ("machine",),

@@ -1,0 +1,401 @@
+"""The report as HTML: what it says of every kind of run, and that nothing in it can run or load."""
+
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedveil.config import FedveilError
+from fedveil.data_prep.schema import Schema, parse_schema
+from fedveil.models import histograms
+from fedveil.server.aggregation import ServerState
+from fedveil.server.evaluation import Evaluated
+from fedveil.server.report import Sources, gathered, render
+from fedveil.server.store import Checkpoint
+
+PRIVACY: dict[str, Any] = {
+    "mechanism": "central", "unit": "record", "against": "everyone but the server",
+    "target_epsilon": 3.0, "epsilon": 2.875, "training_epsilon": 2.75, "holdout_epsilon": 2.875,
+    "delta": 1e-6, "clipping_norm": 1.5, "noise_multiplier": 4.25, "sampling_rate": 0.125,
+    "expected_batch": 512.0, "rounds": 4, "releases_per_round": 1, "evaluations": 2,
+    "evaluation_noise": 1.25, "figures_noise": 0.0, "accountant": "PLD",
+    "second_opinions": {"prv": 2.91, "rdp": 3.02},
+}  # fmt: skip
+NONE = PRIVACY | {
+    "mechanism": "none", "against": "NOBODY: THIS RUN IS NOT PRIVATE", "epsilon": None,
+    "target_epsilon": None, "training_epsilon": None, "holdout_epsilon": None, "accountant": "none",
+    "noise_multiplier": 0.0, "evaluation_noise": 0.0, "clipping_norm": None, "second_opinions": {},
+}  # fmt: skip
+QUALITY = {
+    "loss": {"value": 1.25, "noise": 0.0625},
+    "one_way_tv": {"value": 0.25, "noise": 0.015, "floor": 0.24},
+    "tstr_accuracy_mlp": {"value": 0.875, "noise": 0.02},
+    "tstr_accuracy_logistic": {"value": 0.5, "noise": 0.4},
+}
+EVIL = "</style><script>alert(1)</script>\"'><img src=x onerror=y>"
+SCHEMA = parse_schema(
+    {
+        "label": "ill",
+        "column": [
+            {"name": "hue", "kind": "categorical", "categories": ["a", "b"]},
+            {"name": "ill", "kind": "categorical", "categories": ["no", "yes"]},
+        ],
+    },
+    "here",
+)
+
+
+def event(name: str, number: int, **other: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A `round` or an `evaluated` event."""
+    facts: dict[str, Any] = {"epsilon": 0.5 * number, "quality": QUALITY}
+    if name == "round":
+        facts |= {"sites": 3, "dropped": [], "seconds": {"sites": 2.0, "server": 0.5}}
+    return {"event": name, "round": number, **facts, **other}
+
+
+def run_event(privacy: dict[str, Any]) -> dict[str, Any]:
+    """The event that a run begins with."""
+    return {"event": "run", "run_id": "cafe12", "privacy": privacy, "sites": 3}
+
+
+def sources(*events: dict[str, Any], **other: Any) -> Sources:  # noqa: ANN401
+    """A private run of two rounds, with what else there is of it."""
+    config = {"federation": {"name": "cohort"}, "privacy": {"epsilon": 3, "epsilon_holdout": 2.9}}
+    told = (run_event(PRIVACY), event("round", 1), event("round", 2), event("evaluated", 2))
+    given: dict[str, Any] = {"events": (*told, *events), "config": ("[federation]", config)}
+    return Sources("demo", **(given | other))
+
+
+def finished(privacy: dict[str, Any] = PRIVACY, **other: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What `metrics.json` holds."""
+    return {
+        "family": "vae", "privacy": privacy | {"not_claimed": ["a patient is not hidden"]},
+        "quality": QUALITY, "seconds": {"total": 10.0},
+        "ledgers": {"1": {"count": 7, "head": "ab" * 32}},
+    } | other  # fmt: skip
+
+
+def checkpoint(one_way: np.ndarray, noises: int = 1, count: int = 1) -> Checkpoint:
+    """A state that knows noised histograms."""
+    known = Evaluated(count, 2, QUALITY, {"one_way": one_way}, noises)
+    return Checkpoint(
+        "cafe12", "", ServerState(2, 2, {}, {}, {}, {}), known, {2: (5, "cd" * 32)}, 20.0
+    )
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text that is read."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._parts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._parts.append(" " * (tag in {"td", "th", "small", "li"}))
+
+    def handle_data(self, data: str) -> None:
+        self._parts.append(data)
+
+    @property
+    def text(self) -> str:
+        """Without markup, blanks as one."""
+        return " ".join("".join(self._parts).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        """The attributes of all such tags."""
+        return [found for name, found in self.tags if name == tag]
+
+
+def page(found: Sources) -> Page:
+    """A report, read."""
+    return Page(render(found))
+
+
+class TestThePromise:
+    def test_unit_whom_and_how_much_in_one_sentence(self) -> None:
+        text = page(sources(metrics=finished())).text
+        assert (
+            "Protects one record against everyone but the server, by mechanism central: "
+            "(2.875, 1e-06)-differential privacy." in text
+        )
+        assert "Finished" in text
+        assert "run cafe12" in text
+        assert "family vae, 3 sites, 2 of 4 rounds" in text
+        assert "3 sites" in text
+
+    def test_both_accounts_with_their_limits(self) -> None:
+        found = gathered(sources(metrics=finished()))
+        training, holdout = found.accounts
+        assert (training.limit, training.charged, training.noise, training.rate) == (
+            3, 2.75, 4.25, 0.125,
+        )  # fmt: skip
+        assert training.releases == "4 rounds, 1 release each"
+        assert (holdout.limit, holdout.charged, holdout.noise) == (2.9, 2.875, 1.25)
+        text = page(sources(metrics=finished())).text
+        for said in ("PRV 2.910, RDP 3.020", "PLD", "0.125", "512", "1.5"):
+            assert said in text
+
+    def test_what_it_means_is_no_smaller_than_it_is(self) -> None:
+        assert "eε ≈ 18 times" in page(sources()).text  # e^2.875 = 17.7
+
+    def test_what_is_not_claimed(self) -> None:
+        text = page(sources(metrics=finished())).text
+        assert "a patient is not hidden" in text
+        assert "How long a site takes" in text
+
+    def test_no_mechanism_says_so_in_capitals_and_red_and_promises_nothing(self) -> None:
+        none = [run_event(NONE), event("round", 1, epsilon=None)]
+        html = render(Sources("demo", none))
+        assert re.search(r'<div class="danger">\s*<p class="lead">NOT PRIVATE', html)
+        text = Page(html).text
+        assert "NOBODY: THIS RUN IS NOT PRIVATE" in text
+        for never in ("differential privacy", "Protects one", "Epsilon charged", "None"):
+            assert never not in text
+
+    def test_a_private_run_has_no_such_box(self) -> None:
+        html = render(sources(metrics=finished()))
+        assert "NOT PRIVATE" not in html
+        assert 'class="danger"' not in html
+
+    def test_a_run_of_before_there_were_two_accounts(self) -> None:
+        kept = {k: v for k, v in PRIVACY.items() if "holdout" not in k and "evaluation" not in k}
+        old = {k: v for k, v in kept.items() if k not in {"training_epsilon", "figures_noise"}}
+        found = gathered(Sources("old", [run_event(old), event("round", 1)]))
+        assert [(a.limit, a.charged) for a in found.accounts] == [(3.0, 2.875)]
+        assert "Training" in page(Sources("old", [run_event(old)])).text
+
+
+class TestHowItEnded:
+    def test_a_failure_names_its_cause_and_charges_the_plan(self) -> None:
+        text = page(sources({"event": "failed", "cause": "round 3: too few"})).text
+        assert "Failed" in text
+        assert "The run failed after round 2: round 3: too few" in text
+        assert "charged all of its plan" in text
+        assert "1.000 of it drawn by round 2" in text
+
+    def test_a_run_that_was_interrupted(self) -> None:
+        text = page(sources({"event": "failed", "cause": "KeyboardInterrupt"})).text
+        assert "Interrupted" in text
+        assert "can go on with --resume" in text
+
+    def test_a_run_that_failed_before_its_first_round(self) -> None:
+        events = [run_event(PRIVACY), {"event": "failed", "cause": "x"}]
+        text = page(Sources("demo", events)).text
+        assert "The run failed in its first round: x" in text
+        assert "No evaluation was made before the run stopped" in text
+        assert "No round was completed." in text
+
+    def test_a_last_line_without_the_last_file_is_unfinished(self) -> None:
+        assert gathered(sources({"event": "finished"})).status == "unfinished"
+
+    def test_resumes_and_lost_rounds(self) -> None:
+        resumed = run_event(PRIVACY) | {
+            "event": "resumed", "round": 2, "lost": [3], "damaged": ["000002: torn"],
+        }  # fmt: skip
+        text = page(sources(resumed, event("round", 4))).text
+        assert "After round 2; round 3 was cut off; 000002: torn." in text
+        assert "Cut off and lost: round 3; what was lost counts as spent." in text
+
+
+class TestRoundsSitesAndTime:
+    def test_charts_of_epsilon_and_of_each_kind_of_figure(self) -> None:
+        charts = {chart.title: chart for chart in gathered(sources()).charts}
+        assert [title.partition(":")[0] for title in charts] == [
+            "Epsilon spent by round", "Loss", "Total variation", "Accuracy",
+        ]  # fmt: skip
+        assert charts["Epsilon spent by round"].summary == (
+            "spent: 0 at round 0, 1 at round 2; limit: 3"
+        )
+        accuracy = list(charts.values())[-1]
+        assert [line.name for line in accuracy.lines] == ["one hidden layer", "logistic regression"]
+        floor = charts["Total variation: real against synthetic"].lines[1]
+        assert (floor.dashed, floor.hue) == (True, 1)
+
+    def test_figures_that_noise_drowns_say_so(self) -> None:
+        drowned = {figure.name: figure.drowned for figure in gathered(sources()).figures}
+        assert drowned == {
+            "loss": False,
+            "one_way_tv": True,  # 0.25 is within two times 0.015 of its floor, 0.24
+            "tstr_accuracy_mlp": False,
+            "tstr_accuracy_logistic": True,
+        }
+
+    def test_a_figure_that_nobody_knows_yet_is_shown(self) -> None:
+        strange = event("evaluated", 2, quality={"fid": {"value": 3.5, "noise": 0.5}})
+        text = page(sources(strange)).text
+        assert "fid An accounted figure of this run. 3.5 0.5 -" in text
+
+    def test_drop_outs_and_refusals(self) -> None:
+        dropped = [{"site": 2, "reason": "refused: budget"}]
+        told = sources(event("round", 3, dropped=dropped), event("round", 4, dropped=dropped))
+        text = page(told).text
+        assert "2 refused: budget 2 3-4" in text
+        assert "Every site's reply" not in text
+        assert "Every site's reply could be used in each of the 2 rounds." in page(sources()).text
+
+    def test_heads_come_from_the_metrics_or_else_the_checkpoint(self) -> None:
+        point = checkpoint(np.zeros(4))
+        assert gathered(sources(metrics=finished(), point=point)).heads == {"1": (7, "ab" * 32)}
+        assert gathered(sources(point=point)).heads == {"2": (5, "cd" * 32)}
+
+    def test_seconds_add_up_to_the_total(self) -> None:
+        found = gathered(sources(metrics=finished()))
+        assert found.total == 10.0
+        assert found.seconds == (
+            ("sites", 4.0, 0.4), ("server", 1.0, 0.1), ("everything else", 5.0, 0.5),
+        )  # fmt: skip
+        assert gathered(sources(point=checkpoint(np.zeros(4)))).total == 20.0
+        assert gathered(sources()).total == 5.0
+
+    def test_when_it_was_begun(self) -> None:
+        begun = {"begun": "2026-11-20T15:04:05+00:00"}
+        assert "begun 20 November 2026, 15:04 UTC" in page(sources(environment=begun)).text
+
+
+class TestMarginals:
+    def shares(self, **other: Any) -> tuple[list[list[str]], float]:  # noqa: ANN401
+        """What each bar says, by column."""
+        found = gathered(sources(schema=SCHEMA, **other))
+        return [[bar.words for bar in column.bars] for column in found.marginals], found.counted
+
+    def test_noised_real_shares_beside_synthetic_ones(self) -> None:
+        real = histograms.joined([np.array([150.0, 50.0]), np.array([210.0, -10.0])])
+        synthetic = histograms.joined([np.array([40, 60]), np.array([100, 0])])
+        point = checkpoint(real, noises=2, count=2)
+        (hue, ill), counted = self.shares(point=point, synthetic=synthetic)
+        assert counted == pytest.approx(100)  # records: 200 in two evaluations
+        # Sensitivity of count, loss, one_way, two_way, tstr_logistic, tstr_mlp: sqrt(6).
+        spread = 2 * 1.25 * math.sqrt(6) * 1.001 * math.sqrt(2) * math.sqrt(2) / 200
+        assert hue == [
+            f"a: real 75.0% ({0.75 - spread:.1%} to {0.75 + spread:.1%}), synthetic 40.0%",
+            f"b: real 25.0% ({0.25 - spread:.1%} to {0.25 + spread:.1%}), synthetic 60.0%",
+        ]
+        assert ill == [
+            f"no: real 100.0% ({1 - spread:.1%} to 100.0%), synthetic 100.0%",
+            f"yes: real 0.0% (0.0% to {spread:.1%}), synthetic 0.0%",
+        ]
+
+    def test_without_evaluations_synthetic_ones_alone_and_said_so(self) -> None:
+        synthetic = histograms.joined([np.array([1, 3]), np.array([2, 2])])
+        (hue, _), counted = self.shares(synthetic=synthetic)
+        assert hue == ["a: synthetic 25.0%", "b: synthetic 75.0%"]
+        assert counted == 0
+        text = page(sources(schema=SCHEMA, synthetic=synthetic)).text
+        assert "Synthetic records only: no histogram of real ones was paid for." in text
+
+    def test_a_failed_run_has_real_ones_alone(self) -> None:
+        point = checkpoint(histograms.joined([np.array([1.0, 3.0]), np.array([2.0, 2.0])]))
+        text = page(sources(schema=SCHEMA, point=point)).text
+        assert "There is no released model to draw synthetic records from." in text
+
+    def test_nothing_at_all_is_said(self) -> None:
+        assert "the run has released no model" in page(sources(schema=SCHEMA)).text
+
+    def test_images_are_in_the_file(self) -> None:
+        html = render(sources(samples=b"\x89PNG"))
+        assert 'src="data:image/png;base64,iVBORw=="' in html
+
+
+def evil_schema() -> Schema:
+    """A schema whose every name would run, if it could."""
+    raw = {"modality": "table", "column": [
+        {"name": EVIL, "kind": "categorical", "categories": [f"{EVIL}1", f"{EVIL}2"]},
+    ]}  # fmt: skip
+    return parse_schema(raw, "here")
+
+
+class TestTheFile:
+    def evil(self) -> str:
+        """A report with something evil wherever text comes in."""
+        privacy = PRIVACY | {"against": EVIL, "accountant": EVIL, "second_opinions": {EVIL: 1.0}}
+        quality = {EVIL: {"value": 1.0, "noise": 0.1}, f"tstr_x_{EVIL}": {"value": 1, "noise": 0}}
+        resumed = run_event(privacy) | {
+            "event": "resumed", "round": 2, "lost": [], "damaged": [EVIL],
+        }  # fmt: skip
+        events = (
+            run_event(privacy) | {"run_id": EVIL},
+            resumed | {"run_id": EVIL},
+            event("round", 1, dropped=[{"site": 1, "reason": EVIL}], seconds={EVIL: 1.0}),
+            event("evaluated", 1, quality=quality),
+            {"event": "failed", "cause": EVIL},
+        )
+        metrics = finished(
+            privacy | {"not_claimed": [EVIL]}, family=EVIL, quality=quality,
+            ledgers={EVIL: {"count": 1, "head": EVIL}},
+        )  # fmt: skip
+        everything: dict[str, Any] = {
+            "config": (EVIL, {"federation": {"name": EVIL}}), "environment": {EVIL: EVIL},
+            "schema": evil_schema(), "synthetic": np.ones(2),
+        }  # fmt: skip
+        html = render(Sources(EVIL, events, metrics=metrics, **everything))
+        return html + render(Sources(EVIL, events, **everything))
+
+    def test_whatever_is_put_in_is_escaped(self) -> None:
+        html = self.evil()
+        assert "&lt;script&gt;" in html
+        found = Page(html)
+        assert not found.all("script")
+        assert not [tag for tag in found.all("img") if tag.get("src") == "x"]
+        assert not [a for _, attrs in found.tags for a in attrs if a.startswith("on")]
+
+    def test_it_loads_nothing(self) -> None:
+        html = self.evil() + render(sources(samples=b"\x89PNG", metrics=finished()))
+        assert "://" not in html
+        assert "@import" not in html
+        assert "url(" not in html
+        found = Page(html)
+        assert {"link", "iframe", "object", "embed", "form"}.isdisjoint({t for t, _ in found.tags})
+        loaded = [
+            a[k] for _, a in found.tags for k in ("src", "srcset", "data", "poster") if k in a
+        ]
+        assert loaded == ["data:image/png;base64,iVBORw=="]
+        assert {a["href"] for a in found.all("a")} <= {f"#{s['id']}" for s in found.all("section")}
+        policy = [m["content"] for m in found.all("meta") if "http-equiv" in m]
+        assert policy[0] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+    def test_headings_tables_and_pictures_can_be_read_aloud(self) -> None:
+        dropped = [{"site": 2, "reason": "no reply"}]
+        told = sources(
+            event("round", 3, dropped=dropped), metrics=finished(), schema=SCHEMA,
+            synthetic=np.ones(4), samples=b"\x89PNG",
+        )  # fmt: skip
+        found = page(told)
+        levels = [int(tag[1]) for tag, _ in found.tags if re.fullmatch("h[1-6]", tag)]
+        assert levels[0] == 1
+        assert levels.count(1) == 1
+        assert all(b - a <= 1 for a, b in pairwise(levels))
+        assert all(head.get("scope") in {"col", "row"} for head in found.all("th"))
+        assert all(picture.get("aria-label") for picture in found.all("svg"))
+        assert all(picture.get("alt") for picture in found.all("img"))
+        assert found.all("html")[0]["lang"] == "en"
+        # What scrolls by itself must be reachable by the keyboard.
+        regions = [box for box in found.all("div") if box.get("class") == "scroll"]
+        assert len(regions) == len(found.all("table"))
+        assert all(box.get("tabindex") == "0" and box.get("aria-label") for box in regions)
+
+    def test_equal_sources_make_equal_reports(self) -> None:
+        assert render(sources(metrics=finished())) == render(sources(metrics=finished()))
+
+    @pytest.mark.parametrize(
+        "damaged",
+        [
+            sources(metrics=finished() | {"seconds": 3}),
+            sources({"event": "round", "round": 5}),
+            sources(metrics=finished() | {"quality": {"loss": 3}}),
+            Sources("demo", [{"event": "round"}]),
+            Sources("demo", [{"no": "event"}]),
+            Sources("demo", [run_event({"epsilon": 1.0})]),
+            sources(environment={"begun": "yesterday"}),
+        ],
+    )
+    def test_what_is_none_of_ours_is_one_line(self, damaged: Sources) -> None:
+        with pytest.raises(FedveilError, match=r"demo: .* is damaged") as error:
+            render(damaged)
+        assert "\n" not in str(error.value)
