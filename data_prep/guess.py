@@ -71,17 +71,9 @@ def guess(text: pl.Series, *, label: bool = False) -> Guess | LeftOut:
     if distinct < 2:
         return LeftOut(text.name, "it has one value only" if distinct else "it has no value")
     numbers = None if label else _numbers(present)
-    if numbers is not None and numbers.n_unique() > 1:
+    if numbers is not None:
         return _number(present, numbers, nullable=nullable)
-    if not label and present.str.contains(_DATE).mean() >= _NUMBERS:  # type: ignore[operator]
-        return LeftOut(text.name, "it holds dates; turn them into a number, such as an age in days")
-    if not label and len(present) >= 10 and distinct >= _UNIQUE * len(present):
-        return _unique(present)
-    if distinct > CATEGORIES:
-        key = _KEY_NAME.search(text.name) is not None
-        why = f"it has more than {CATEGORIES} distinct values; group them if the model needs it"
-        return LeftOut(text.name, why, key=key and not label)
-    return _category(present, nullable=nullable, gaps=label and text.null_count() > 0)
+    return _words(present, nullable=nullable, label=label, gaps=text.null_count() > 0)
 
 
 def round_outwards(low: float, high: float, *, whole: bool) -> tuple[float, float]:
@@ -113,6 +105,8 @@ def _numbers(present: pl.Series) -> pl.Series | None:
 
 
 def _number(present: pl.Series, numbers: pl.Series, *, nullable: bool) -> Guess | LeftOut:
+    if numbers.n_unique() < 2:
+        return LeftOut(present.name, "it has one number only")
     whole = bool((numbers == numbers.round()).all())
     low, high = (float(bound) for bound in (numbers.min(), numbers.max()))  # type: ignore[arg-type]
     distinct = numbers.n_unique()
@@ -138,7 +132,20 @@ def _number(present: pl.Series, numbers: pl.Series, *, nullable: bool) -> Guess 
 def _is_key(name: str, numbers: pl.Series, spread: float) -> bool:
     distinct = numbers.n_unique()
     counted = len(numbers) >= 20 and distinct == len(numbers) and spread < 2 * distinct
+    counted &= distinct >= 200 or numbers.is_sorted()
     return counted or (distinct > CATEGORIES and _KEY_NAME.search(name) is not None)
+
+
+def _words(present: pl.Series, *, nullable: bool, label: bool, gaps: bool) -> Guess | LeftOut:
+    name, distinct = present.name, present.n_unique()
+    if not label and present.str.contains(_DATE).sum() >= _NUMBERS * len(present):
+        return LeftOut(name, "it holds dates; turn them into a number, such as an age in days")
+    if len(present) >= 10 and distinct >= _UNIQUE * len(present):
+        return _unique(present)
+    if distinct > CATEGORIES:
+        why = f"it has more than {CATEGORIES} distinct values; group them if the model needs it"
+        return LeftOut(name, why, key=_KEY_NAME.search(name) is not None and not label)
+    return _category(present, nullable=nullable, gaps=gaps and label)
 
 
 def _unique(present: pl.Series) -> LeftOut:

@@ -16,6 +16,7 @@ from fedveil.data_prep.schema import (
     Schema,
     TableSchema,
     load_schema,
+    marks,
     parse_schema,
     repeated,
     schema_from_json,
@@ -374,3 +375,85 @@ def test_every_modality_is_registered(schema: Schema) -> None:
 
 def test_all_registered_modalities_have_a_schema() -> None:
     assert set(MODALITIES) == {"table", "image"}
+
+
+# What was read off the data and nobody confirmed.
+
+
+def draft_of(raw: dict[str, Any]) -> Schema:
+    """What a person may look at, and no run may take."""
+    return parse_schema(raw, "s.toml", draft=True)
+
+
+MARKED = {**AGE, "unconfirmed": ["bounds"]}
+WHY = "was read off the data; check it against the code book and delete that line"
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        ({"column": [SEX, MARKED]}, f'column "age": unconfirmed = ["bounds"]: {WHY}'),
+        ({"column": [AGE], "unconfirmed": ["header"]}, f'unconfirmed = ["header"]: {WHY}'),
+        (
+            {"column": [MARKED], "unconfirmed": ["header", "label"]},
+            f'unconfirmed = ["header", "label"]: {WHY} (and 1 more)',
+        ),
+        (
+            {"modality": "image", "height": 8, "width": 8, "unconfirmed": ["height"]},
+            f'unconfirmed = ["height"]: {WHY}',
+        ),
+    ],
+)
+def test_a_draft_is_refused_by_whoever_does_not_ask_for_one(
+    raw: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    assert refusal(raw) == line
+    schema = draft_of(raw)
+    assert marks(schema)
+    # The marks travel with it, so that no way leads round the refusal.
+    with pytest.raises(ConfigError) as caught:
+        schema_from_json(schema_to_json(schema))
+    assert str(caught.value) == f"schema: {line}"
+
+
+def test_a_run_refuses_a_draft(write_file: WriteFile) -> None:
+    path = write_file("s.toml", DRAFTED)
+    with pytest.raises(ConfigError, match=r'column "age": unconfirmed = \["kind"\]: was read off'):
+        load_schema(path)
+    config = RunConfig.model_validate(
+        {
+            "data": {"source": "x.csv", "schema": str(path), "records": 10},
+            "model": {"family": "vae"},
+        }
+    )
+    with pytest.raises(ConfigError, match=r'column "age": unconfirmed = \["kind"\]: was read off'):
+        run_schema(config)
+    assert marks(load_schema(path, draft=True)) == {'column "age": ': ("kind",)}
+
+
+DRAFTED = """
+[[column]]
+name = "age"
+kind = "integer"
+bounds = [0, 120]
+unconfirmed = ["kind"]
+"""
+
+
+def test_an_empty_mark_is_none() -> None:
+    assert table({**AGE, "unconfirmed": []}, unconfirmed=[]) == table(AGE)
+
+
+def test_a_confirmed_schema_is_hashed_and_stored_as_it_ever_was() -> None:
+    """Ledgers hold a hash of this text, and run folders the text."""
+    column = (
+        '{"name":"age","kind":"integer","bounds":[0.0,120.0],"categories":[],"aliases":{},'
+        '"transform":"none","nullable":false}'
+    )
+    rest = '"label":null,"person":null,"missing":["","NA","?"],"header":true}'
+    assert schema_to_json(table(AGE)) == f'{{"modality":"table","column":[{column}],{rest}'
+    assert table(AGE).model_dump_json() == f'{{"modality":"table","columns":[{column}],{rest}'
+    assert ImageSchema(height=4, width=8).model_dump_json() == (
+        '{"modality":"image","height":4,"width":8,"channels":1,"classes":[],"images":"images",'
+        '"labels":"labels"}'
+    )
