@@ -99,7 +99,9 @@ class TestStart:
         result = process(*command, "--help", cwd=tmp_path)
         assert result.code == 0
         assert result.err == ""
-        for word in ("simulate", "sample", "evaluate", "init", "ledger", "--version", "--debug"):
+        for word in (
+            "simulate", "sample", "evaluate", "init", "report", "ledger", "--version", "--debug",
+        ):  # fmt: skip
             assert word in result.out
         assert "Usage: fedveil" in result.out
 
@@ -150,6 +152,7 @@ class TestSimulate:
         assert "1 rounds, 2 sites" in result.out
         assert "NOT PRIVATE" in result.out
         assert "run/samples.png" in result.out
+        assert "Report: run/report.html" in result.out
         assert (tmp_path / "run" / "metrics.json").is_file()
 
     def test_the_promise_of_a_private_run(

@@ -309,7 +309,7 @@ class TestEveryMechanism:
         names = {path.name for path in run.path.iterdir()}
         assert {
             "config.toml", "schema.json", "events.jsonl", "environment.json", "checkpoint",
-            "model.safetensors", "metrics.json", "samples.png",
+            "model.safetensors", "metrics.json", "samples.png", "report.html",
         } <= names  # fmt: skip
         assert ("samples.csv" in names) == (source == "sklearn:breast_cancer")
         assert not [name for name in names if name.endswith(".partial")]
