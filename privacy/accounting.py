@@ -9,7 +9,7 @@ pessimistic discretisation makes it an upper bound). Opacus's PRV (Gopi et al. 2
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -29,6 +29,8 @@ COARSE_GRID = 1e-3
 
 FINE_GRID = 1e-4
 
+
+_LEAST_NOISE, _MOST_NOISE = 0.02, 1e4
 
 FILTER_ORDERS = (2, 3, 4, 6, 10, 16, 32, 64)
 """Renyi orders of an account that is kept in RDP; few, for each takes its part of delta."""
@@ -228,11 +230,12 @@ def _loss_distribution(releases: Releases, grid: float) -> Any:  # noqa: ANN401
     )
 
 
+@lru_cache(maxsize=256)  # a search ends with prices that are then claimed
 def pld_epsilon(
     releases: Releases,
     delta: float,
     grid: float = COARSE_GRID,
-    beside: Sequence[Releases] = (),
+    beside: tuple[Releases, ...] = (),
 ) -> float:
     """Epsilon of all releases together."""
     return pld_schedule(releases, delta, [releases.count], grid, beside)[0]
@@ -306,7 +309,7 @@ def calibrate(
     count: int,
     epsilon: float,
     delta: float,
-    beside: Sequence[Releases] = (),
+    beside: tuple[Releases, ...] = (),
 ) -> Releases:
     """The releases of least noise that end, with those beside them, at or below epsilon.
 
@@ -315,30 +318,89 @@ def calibrate(
     """
     coarse, fine = grids(epsilon)
 
-    def price(noise_multiplier: float, grid: float = coarse) -> float:
+    def price(noise_multiplier: float, grid: float) -> float:
         return pld_epsilon(Releases(noise_multiplier, sampling_rate, count), delta, grid, beside)
 
-    # Bracket from the side of much noise: small noise makes wide, slow distributions.
-    high = 1.0
-    while price(high) > epsilon:
-        high *= 2
-        if high > 1e4:
-            raise AccountingError(
-                f"privacy.epsilon = {epsilon:g}: cannot be reached with {count} releases at "
-                f"sampling rate {sampling_rate:g}; raise epsilon or lower federation.rounds"
-            )
-    low = high / 2
-    while low > 0.05 and price(low) <= epsilon:
-        high, low = low, low / 2
-    while high - low > 1e-4 * high:
-        middle = (high + low) / 2
-        low, high = (low, middle) if price(middle) <= epsilon else (middle, high)
+    start = _guess(sampling_rate, count, epsilon, delta)
+    try:
+        found = _least(lambda noise: price(noise, coarse), epsilon, start, 5e-4)
+    except OverflowError:
+        raise AccountingError(
+            f"privacy.epsilon = {epsilon:g}: cannot be reached with {count} releases at "
+            f"sampling rate {sampling_rate:g}; raise epsilon or lower federation.rounds"
+        ) from None
     # The coarse grid errs on the safe side, and in runs of thousands of releases by much.
-    low = high * price(high, fine) / epsilon
-    while high - low > 5e-3 * high:
-        middle = (high + low) / 2
-        low, high = (low, middle) if price(middle, fine) <= epsilon else (middle, high)
-    return Releases(high, sampling_rate, count)
+    if price(found, fine) > epsilon * (1 - 5e-3):
+        return Releases(found, sampling_rate, count)
+    found = _least(lambda noise: price(noise, fine), epsilon, found, 5e-3)
+    return Releases(found, sampling_rate, count)
+
+
+def _guess(sampling_rate: float, count: int, epsilon: float, delta: float) -> float:
+    """About the noise multiplier that is sought, by the central limit (Bu et al. 2020, section 4).
+
+    Only where the search begins: what it ends with has been priced.
+    """
+    # delta of a Gaussian mechanism of mean mu falls in 1 / mu (Balle and Wang 2018, theorem 8).
+    low, high = 1e-6, 1e3
+    for _ in range(60):
+        mu = math.sqrt(low * high)
+        above = _gaussian_delta(mu, epsilon) > delta
+        low, high = (low, mu) if above else (mu, high)
+    growth = (low / sampling_rate) ** 2 / count
+    # Without sampling it is exact: the releases together are one Gaussian mechanism.
+    square = growth if sampling_rate == 1 else math.log1p(growth)
+    return min(_MOST_NOISE, max(_LEAST_NOISE, 1 / math.sqrt(square)))
+
+
+def _gaussian_delta(mu: float, epsilon: float) -> float:
+    def tail(x: float) -> float:
+        return math.erfc(x / math.sqrt(2)) / 2
+
+    far = epsilon / mu + mu / 2
+    # e^epsilon tail(far) in logs, for an epsilon beyond what exp can take.
+    weighted = math.exp(epsilon + math.log(tail(far))) if tail(far) else 0.0
+    return tail(epsilon / mu - mu / 2) - weighted
+
+
+def _least(price: Callable[[float], float], epsilon: float, start: float, width: float) -> float:
+    """The least noise whose price is at most epsilon, to a relative `width`; that one is priced.
+
+    Prices fall with noise, nearly as a power of it. So each guess is that power's through the two
+    ends known; it is tried with half the width more and less, so that both ends close in on it.
+    The middle comes last, so that every turn at least halves what is left.
+
+    Raises:
+        OverflowError: No noise multiplier up to 10^4 is enough.
+    """
+    # From the side of much noise: small noise makes wide, slow distributions.
+    high, at_high = start, price(start)
+    while at_high > epsilon:
+        if high >= _MOST_NOISE:
+            raise OverflowError
+        high = min(_MOST_NOISE, high * min(2.0, 1.01 * at_high / epsilon))
+        at_high = price(high)
+    low, at_low = high, at_high
+    while at_low <= epsilon:
+        if low < _LEAST_NOISE:
+            return low
+        high, at_high = low, at_low
+        low /= min(2.0, 1.01 * epsilon / at_low) if at_low else 2.0
+        at_low = price(low)
+    while high > low * (1 + width):
+        slope = math.log(at_high / at_low) / math.log(high / low) if at_high else -1.0
+        between = low * (epsilon / at_low) ** (1 / slope)
+        for noise in (between * (1 + width / 2), between * (1 - width / 2), math.sqrt(low * high)):
+            if low < noise < high:
+                found = price(noise)
+                low, at_low, high, at_high = (
+                    (low, at_low, noise, found)
+                    if found <= epsilon
+                    else (noise, found, high, at_high)
+                )
+            if high <= low * (1 + width):
+                break
+    return high
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from .accounting import (
 Side = Literal["training", "holdout"]
 PartName = Literal["rounds", "evaluations", "training_figures"]
 
-_SCHEDULE_POINTS = 64
+_SCHEDULE_POINTS = 32
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _price(config: RunConfig) -> _Price:
     coarse, fine = grids(epsilon)
     claimed = min(pld_epsilon(releases, delta, grid, beside) for grid in (coarse, fine))
     opinions = cross_check(releases, delta, claimed, beside)
-    # Pricing 64 rounds takes a second; between them a later price stands in, which is no lower.
+    # Each of these prices takes 10 ms or more; between them a later one stands in, no lower.
     points = _points(rounds)
     steps = [point * per_round for point in points[:-1]]
     prices = pld_schedule(releases, delta, steps, coarse, beside)
@@ -262,7 +262,7 @@ def _price_holdout(config: RunConfig) -> _HoldoutPrice:
 
 
 def _points(rounds: int) -> list[int]:
-    """The rounds after which a long run is priced exactly: at most 64, the last among them."""
+    """The rounds after which a long run is priced exactly: at most 32, the last among them."""
     step = math.ceil(rounds / _SCHEDULE_POINTS)
     return sorted({rounds, *range(step, rounds + 1, step)})
 

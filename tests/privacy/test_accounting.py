@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from fedveil.privacy import accounting
 from fedveil.privacy.accounting import (
     COARSE_GRID,
     FILTER_ORDERS,
@@ -604,3 +605,63 @@ def test_numpy_error_state_is_left_alone() -> None:
     before = np.geterr()
     prv_epsilon(Releases(1.0, 0.1, 10), 1e-5)
     assert np.geterr() == before
+
+
+class TestLeast:
+    """The search for the least noise, on prices whose least noise is known by hand."""
+
+    @staticmethod
+    def counted(price: Callable[[float], float]) -> tuple[Callable[[float], float], list[float]]:
+        asked: list[float] = []
+
+        def ask(noise: float) -> float:
+            asked.append(noise)
+            return price(noise)
+
+        return ask, asked
+
+    @pytest.mark.parametrize("start", [0.02, 0.5, 3.9, 4.0, 4.1, 50.0, 1e4])
+    @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+    def test_a_power_of_the_noise(self, start: float, power: float) -> None:
+        """(4 / noise)^power is 1 at noise 4."""
+        price, asked = self.counted(lambda noise: (4 / noise) ** power)
+        found = accounting._least(price, 1.0, start, 1e-3)
+        assert 4 <= found <= 4 * 1.001
+        assert found in asked  # what is returned has been priced
+        assert len(asked) <= 30
+
+    def test_from_a_good_guess_a_few_prices_are_enough(self) -> None:
+        price, asked = self.counted(lambda noise: (4 / noise) ** 1.2)
+        accounting._least(price, 1.0, 3.95, 1e-3)
+        assert len(asked) <= 6
+
+    @pytest.mark.parametrize("start", [1.0, 3.0, 8.0])
+    def test_stairs(self, start: float) -> None:
+        """A price that jumps from 3 to 0.5 at noise 5 and is flat elsewhere."""
+        price, asked = self.counted(lambda noise: 0.5 if noise >= 5 else 3.0)
+        found = accounting._least(price, 1.0, start, 1e-3)
+        assert 5 <= found <= 5 * 1.001
+        assert len(asked) <= 60
+
+    def test_a_price_of_zero(self) -> None:
+        price, _ = self.counted(lambda noise: 0.0 if noise >= 2 else 9.0)
+        assert 2 <= accounting._least(price, 1.0, 100.0, 1e-3) <= 2 * 1.001
+
+    def test_no_noise_is_enough(self) -> None:
+        with pytest.raises(OverflowError):
+            accounting._least(lambda _: 2.0, 1.0, 1.0, 1e-3)
+
+    def test_hardly_any_noise_is_needed(self) -> None:
+        assert accounting._least(lambda _: 0.5, 1.0, 1.0, 1e-3) < 0.02
+
+    @pytest.mark.parametrize(
+        ("epsilon", "delta", "multiplier"),
+        [(1.0, 1e-5, 3.730632), (3.0, 1e-5, 1.390593), (0.5, 1e-6, 8.057618)],
+    )
+    def test_the_guess_for_one_gaussian_mechanism_is_exact(
+        self, epsilon: float, delta: float, multiplier: float
+    ) -> None:
+        """Balle and Wang 2018, theorem 8, solved by scipy's normal distribution and brentq."""
+        assert accounting._guess(1.0, 1, epsilon, delta) == pytest.approx(multiplier, rel=1e-5)
+        four = accounting._guess(1.0, 4, epsilon, delta)
+        assert four == pytest.approx(2 * multiplier, rel=1e-5)

@@ -193,7 +193,7 @@ class TestTheSchedule:
             figures = [replace(part, count=done) for part in figures_of(priced)]
             trained = [replace(releases_of(priced), count=rounds * steps)] * bool(rounds)
             first, *beside = [*trained, *figures] or [Releases(1e4, 1.0, 1)]
-            training = pld_epsilon(first, delta, beside=beside)
+            training = pld_epsilon(first, delta, beside=tuple(beside))
             # The coarse grid may price all of an account above its own claim.
             held_out = min(held_out, priced.evaluation_schedule[-1])
             training = min(training, priced.schedule[-1])
