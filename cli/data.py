@@ -22,7 +22,7 @@ DataPath = Annotated[
 ]
 SchemaPath = Annotated[Path, typer.Option("--schema", help="What a record is; may be a draft.")]
 RulesPath = Annotated[
-    Path | None, typer.Option("--config", help="A run: its rules of cleaning; the defaults without.")
+    Path | None, typer.Option("--config", help="A run, for its rules; the defaults without.")
 ]
 
 
