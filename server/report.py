@@ -191,9 +191,16 @@ def _templates() -> Environment:
     made.filters["figure"] = lambda value: "-" if value is None else f"{value:.4g}"
     made.filters["rough"] = lambda value: "-" if value is None else f"{value:.2g}"
     made.filters["fixed"] = lambda value: "-" if value is None else f"{value:.3f}"
-    made.filters["factor"] = lambda epsilon: f"{float(f'{math.exp(epsilon):.2g}'):,.4g}"
+    made.filters["factor"] = _factor
     made.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
     return made
+
+
+def _factor(epsilon: float) -> str:
+    """E to the epsilon, to three digits and never rounded down: it is a bound."""
+    factor = math.exp(epsilon)
+    unit = 10.0 ** (math.floor(math.log10(factor)) - 2)
+    return f"{math.ceil(factor / unit) * unit:,.4g}"
 
 
 def _moment(begun: str | None) -> str:

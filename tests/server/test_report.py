@@ -142,8 +142,14 @@ class TestThePromise:
         for said in ("PRV 2.910, RDP 3.020", "PLD", "0.125", "512", "1.5"):
             assert said in text
 
-    def test_what_it_means_is_no_smaller_than_it_is(self) -> None:
-        assert "eε ≈ 18 times" in page(sources()).text  # e^2.875 = 17.7
+    @pytest.mark.parametrize(
+        ("epsilon", "said"),
+        [(2.875, "17.8"), (8.0, "2,990"), (0.1, "1.11"), (3.0, "20.1"), (100.0, "2.69e+43")],
+    )
+    def test_what_it_means_is_never_rounded_down(self, epsilon: float, said: str) -> None:
+        """e^2.875 is 17.73, e^8 2981, e^0.1 1.105, e^3 20.09, e^100 2.688e43."""
+        priced = [run_event(PRIVACY | {"epsilon": epsilon})]
+        assert f"eε ≈ {said} times" in page(Sources("demo", priced)).text
 
     def test_what_is_not_claimed(self) -> None:
         text = page(sources(metrics=finished())).text
