@@ -6,6 +6,7 @@ engine needs is imported on use.
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
@@ -171,8 +172,9 @@ def start_simulation(
         init_args_logging_level="ERROR",
         init_args_log_to_driver=True,
     )
-    control = ControlHttpClient(f"http://{address}", interceptors=(_WithKey(key),))
-    control.StartRun(StartRunRequest(fab=Fab(content=content), override_federation_config=wanted))
+    request = StartRunRequest(fab=Fab(content=content), override_federation_config=wanted)
+    with closing(ControlHttpClient(f"http://{address}", interceptors=(_WithKey(key),))) as control:
+        control.StartRun(request)
 
 
 def acquire_task(address: str, key: str) -> str:
@@ -183,9 +185,10 @@ def acquire_task(address: str, key: str) -> str:
     from flwr.supercore.runtime import RuntimeHttpClient
 
     version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
-    client = RuntimeHttpClient(f"http://{address}", interceptors=(version, _WithKey(key)))
     request = AcquireTaskRequest(supported_task_types=[TaskType.SIMULATION])
-    return client.AcquireTask(request).token
+    interceptors = (version, _WithKey(key))
+    with closing(RuntimeHttpClient(f"http://{address}", interceptors=interceptors)) as client:
+        return client.AcquireTask(request).token
 
 
 def simulate_task(address: str, token: str) -> None:

@@ -3,7 +3,6 @@
 Reading refuses what is not exactly a message: a missing or foreign key, a wrong type.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from enum import Enum
 from typing import TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from .config import FedveilError
 from .flower import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -110,8 +111,15 @@ def pack(message: Task | Update | Refused) -> RecordDict:
     content = RecordDict({"facts": ConfigRecord({**facts})})
     for part in _TASK_ARRAYS if isinstance(message, Task) else _UPDATE_ARRAYS:
         arrays = getattr(message, part)
-        content[part] = ArrayRecord({name: _encode(array) for name, array in arrays.items()})
+        content[part] = _encode(arrays)
     return content
+
+
+def pack_for(packed: RecordDict, ledger: tuple[int, str]) -> RecordDict:
+    """A packed task for another site: its own ledger head, and the same arrays, not copied."""
+    head = ConfigRecord({"ledger-count": ledger[0], "ledger-hash": ledger[1]})
+    facts = ConfigRecord({**packed.config_records["facts"], **head})
+    return RecordDict({**packed, "facts": facts})
 
 
 def read_task(content: RecordDict) -> Task:
@@ -157,7 +165,7 @@ def read_reply(message: Message) -> Update | Refused:
     return Update(*about, evaluation, arrays, sums, _head(facts))
 
 
-_ENCODING = "little-endian"
+_FORMAT = "safetensors"
 _TYPES = {"float32": "<f4", "float64": "<f8"}  # of models; of sums, whose rounding is a sensitivity
 _EXPECTED = " or ".join(_TYPES)
 _TASK_ARRAYS = ("arrays", "released", "exam")
@@ -178,7 +186,7 @@ def _arrays(content: RecordDict, part: str) -> dict[str, np.ndarray]:
     record = content[part]
     if not isinstance(record, ArrayRecord):
         raise WireError(f"{part}: expected arrays")
-    return {name: _decode(array) for name, array in record.items()}
+    return _decode(record, part)
 
 
 def _head(facts: ConfigRecord) -> tuple[int, str]:
@@ -189,24 +197,37 @@ def _head(facts: ConfigRecord) -> tuple[int, str]:
     return count, digest
 
 
-def _encode(array: np.ndarray) -> Array:
-    """Little-endian bytes, in C order: numpy's own format can hold archives and pickles."""
-    name = array.dtype.name
-    if name not in _TYPES:
-        raise WireError(f"arrays: expected {_EXPECTED}, got {name}")
-    return Array(name, array.shape, _ENCODING, array.astype(_TYPES[name]).tobytes())
+def _encode(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """All of a part as one safetensors: numpy's own format can hold archives and pickles.
+
+    One of Flower's arrays instead of one a parameter: it copies, hashes and stores each by itself.
+    """
+    if not arrays:
+        return ArrayRecord()
+    plain = {}
+    for name, array in arrays.items():
+        if (kind := array.dtype.name) not in _TYPES:
+            raise WireError(f"arrays: expected {_EXPECTED}, got {kind}")
+        plain[name] = np.asarray(array, dtype=_TYPES[kind], order="C")
+    data = save(plain)
+    return ArrayRecord({_FORMAT: Array("uint8", (len(data),), _FORMAT, data)})
 
 
-def _decode(array: Array) -> np.ndarray:
-    shape = tuple(array.shape)
-    if array.dtype not in _TYPES or array.stype != _ENCODING:
-        raise WireError(f"arrays: expected {_EXPECTED}")
-    dtype = np.dtype(_TYPES[array.dtype])
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise WireError("arrays: expected a shape of whole numbers")
-    if type(array.data) is not bytes or len(array.data) != dtype.itemsize * math.prod(shape):
-        raise WireError("arrays: expected as many bytes as the shape asks for")
-    return np.frombuffer(array.data, dtype=dtype).reshape(shape)
+def _decode(record: ArrayRecord, part: str) -> dict[str, np.ndarray]:
+    if not record:
+        return {}
+    whole = record.get(_FORMAT)
+    if len(record) != 1 or whole is None or (whole.dtype, whole.stype) != ("uint8", _FORMAT):
+        raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}")
+    if type(whole.data) is not bytes or tuple(whole.shape) != (len(whole.data),):
+        raise WireError(f"{part}: expected as many bytes as the shape asks for")
+    try:
+        arrays = dict(sorted(load(whole.data).items()))  # which come in an order of chance
+    except (SafetensorError, LookupError, ValueError, TypeError, OverflowError, AttributeError):
+        raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}") from None
+    if not all(array.dtype.name in _TYPES for array in arrays.values()):
+        raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}")
+    return arrays
 
 
 def _field(facts: ConfigRecord, name: str, kind: type[FieldT]) -> FieldT:

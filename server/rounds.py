@@ -28,7 +28,7 @@ from ..models.state import Arrays, check_arrays, load_arrays, to_arrays, to_byte
 from ..privacy.mechanism import MECHANISMS
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan, plan
-from ..wire import EVALUATE, NO_LEDGER, TRAIN, Task, pack
+from ..wire import EVALUATE, NO_LEDGER, TRAIN, Task, pack, pack_for
 from .aggregation import STRATEGIES, ServerState, scaled, summed
 from .evaluation import evaluated, expected_sums, questions
 from .replies import Replies, usable_replies
@@ -326,7 +326,11 @@ def _ask(
     )
     tasks = {n: replace(task, ledger=point.ledgers.get(n, NO_LEDGER)) for n in run.sites}
     action, group = TRAIN if training else EVALUATE, str(asked.round)
-    messages = [Message(pack(t), run.sites[n], action, group_id=group) for n, t in tasks.items()]
+    packed = pack(task)  # once: the model is the same for all
+    messages = [
+        Message(pack_for(packed, t.ledger), run.sites[n], action, group_id=group)
+        for n, t in tasks.items()
+    ]
     arrays: Arrays = {}
     if training:
         names = family(config.model.family).trainable(run.module)

@@ -155,7 +155,7 @@ class TestSimulate:
             {"privacy": {"epsilon": -1.0}},
             {"privacy": {"epsilom": 1.0}},
             {"nonsense": {"a": 1}},
-            {"aggregation": {"strategy": "median"}},
+            {"aggregation": {"strategy": "krum"}},
         ],
     )
     def test_wrong_overrides(self, tiny: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:

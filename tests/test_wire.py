@@ -1,10 +1,11 @@
 """Messages survive the wire exactly, and what is not exactly a message is refused."""
 
 import io
-import math
+import json
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save
 
 from fedveil.config import FedveilError
 from fedveil.flower import (
@@ -34,6 +36,7 @@ from fedveil.wire import (
     Update,
     WireError,
     pack,
+    pack_for,
     read_reply,
     read_task,
 )
@@ -54,7 +57,6 @@ TASK = Task(
     ledger=HEAD,
 )
 UPDATE = Update("run", 3, 2, {"w": WEIGHTS}, {"s": SUMS}, HEAD)
-LITTLE = "little-endian"
 
 identifiers = st.text(max_size=20)
 rounds = st.integers(-(2**62), 2**62)
@@ -200,23 +202,47 @@ class TestRoundTrip:
     @pytest.mark.parametrize(
         ("kind", "name", "raw"),
         [
-            ("<f4", "float32", "<f4"),
-            ("<f8", "float64", "<f8"),
-            (">f4", "float32", "<f4"),
-            (">f8", "float64", "<f8"),
+            (">f4", "F32", "<f4"),
+            ("<f4", "F32", "<f4"),
+            (">f8", "F64", "<f8"),
+            ("<f8", "F64", "<f8"),
         ],
     )
     def test_the_bytes_on_the_wire(self, kind: str, name: str, raw: str) -> None:
-        """Little-endian bytes, whatever order the array was in."""
+        """Little-endian bytes behind their description, whatever order the array was in."""
         numbers = np.array([[1.5, -2.0, 0.1]]).astype(kind)
         content = pack(replace(UPDATE, arrays={"w": numbers}))
-        sent = content.array_records["arrays"]["w"]
-        assert (sent.dtype, tuple(sent.shape), sent.stype) == (name, (1, 3), LITTLE)
-        assert sent.data == numbers.astype(raw).tobytes()
+        sent = content.array_records["arrays"]["safetensors"]
+        size = int.from_bytes(sent.data[:8], "little")
+        assert (sent.dtype, tuple(sent.shape), sent.stype) == (
+            "uint8", (len(sent.data),), "safetensors",
+        )  # fmt: skip
+        assert json.loads(sent.data[8 : 8 + size]) == {
+            "w": {"dtype": name, "shape": [1, 3], "data_offsets": [0, numbers.nbytes]}
+        }
+        assert sent.data[8 + size :] == numbers.astype(raw).tobytes()
         got = read_reply(reply(content))
         assert isinstance(got, Update)
         assert got.arrays["w"].dtype == np.dtype(raw)
         assert np.array_equal(got.arrays["w"], numbers)
+
+    def test_equal_arrays_are_equal_bytes(self) -> None:
+        """Whatever order they were put together in: Flower stores equal content once."""
+        turned = replace(UPDATE, arrays={"v": WEIGHTS, "w": SUMS})
+        again = replace(UPDATE, arrays={"w": SUMS, "v": WEIGHTS})
+        sent = [pack(u).array_records["arrays"]["safetensors"].data for u in (turned, again)]
+        assert sent[0] == sent[1]
+
+    def test_a_task_for_another_site_differs_by_its_ledger_only(self) -> None:
+        packed, other = pack(TASK), (8, "f" * 64)
+        got = read_task(pack_for(packed, other))
+        assert got.ledger == other
+        assert read_task(packed).ledger == HEAD
+        assert replace(got, ledger=HEAD, arrays={}, released={}, exam={}) == replace(
+            TASK, arrays={}, released={}, exam={}
+        )
+        for part in TASK_PARTS:
+            assert_same(getattr(got, part), getattr(TASK, part))
 
     def test_a_refusal_travels_as_a_name_only(self) -> None:
         content = pack(Refused("run", 1, 2, Refusal.BUDGET))
@@ -457,44 +483,69 @@ class TestLedger:
         assert read_task(pack(replace(TASK, ledger=NO_LEDGER))).ledger == NO_LEDGER
 
 
+def header(text: str, body: bytes = b"") -> bytes:
+    """A safetensors with any header at all."""
+    return len(text.encode()).to_bytes(8, "little") + text.encode() + body
+
+
+def one(kind: str, shape: str, offsets: str, body: bytes, name: str = "w") -> bytes:
+    """A safetensors of one array, as it describes itself."""
+    described = f'"dtype":"{kind}","shape":{shape},"data_offsets":{offsets}'
+    return header(f'{{"{name}":{{{described}}}}}', body)
+
+
+def blob(data: bytes, kind: str = "uint8", shape: tuple[int, ...] | None = None) -> Array:
+    """The one array of a part."""
+    return Array(kind, (len(data),) if shape is None else shape, "safetensors", data)
+
+
 RAW = WEIGHTS.astype("<f4").tobytes()
-LONG = WEIGHTS.astype("<f8").tobytes()
-TYPE = r"^arrays: expected float32 or float64$"
-SHAPE = r"^arrays: expected a shape of whole numbers$"
-BYTES = r"^arrays: expected as many bytes as the shape asks for$"
+GOOD = save({"w": WEIGHTS})
+TWICE = '"w":{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
+LONG = "[0,9223372036854775807]"
+NONE = r": expected one safetensors of float32 or float64$"
+BYTES = r": expected as many bytes as the shape asks for$"
 BAD_ARRAYS = {
-    "nothing": (Array("float32", (1, 2), LITTLE, b""), BYTES),
-    "half the data": (Array("float32", (1, 2), LITTLE, RAW[:4]), BYTES),
-    "more than the data": (Array("float32", (1, 2), LITTLE, RAW + b"x"), BYTES),
-    "float32 called float64": (Array("float64", (1, 2), LITTLE, RAW), BYTES),
-    "float64 called float32": (Array("float32", (1, 2), LITTLE, LONG), BYTES),
-    "half of float64": (Array("float64", (1, 2), LITTLE, LONG[:8]), BYTES),
-    "a huge shape": (Array("float32", (10**15, 10**15), LITTLE, RAW), BYTES),
-    "a shape of another size": (Array("float64", (3,), LITTLE, LONG), BYTES),
-    "a negative shape": (Array("float32", (-1, -2), LITTLE, RAW), SHAPE),
-    "a truth for a size": (Array("float32", (True, 2), LITTLE, RAW), SHAPE),
-    "integers": (Array("int32", (1, 2), LITTLE, RAW), TYPE),
-    "half precision": (Array("float16", (2, 2), LITTLE, RAW), TYPE),
-    "big-endian by type": (Array(">f4", (1, 2), LITTLE, RAW), TYPE),
-    "little-endian by type": (Array("<f4", (1, 2), LITTLE, RAW), TYPE),
-    "objects": (Array("object", (1,), LITTLE, RAW), TYPE),
-    "named fields": (Array("[('a', '<f4')]", (1, 2), LITTLE, RAW), TYPE),
-    "big-endian": (Array("float32", (1, 2), "big-endian", RAW), TYPE),
-    "the encoding of before": (Array("float32", (1, 2), "float32", RAW), TYPE),
-    "no encoding": (Array("float32", (1, 2), "", RAW), TYPE),
-    "numpy's own format": (Array(WEIGHTS), TYPE),
-    "numpy's own format, float64": (Array(WEIGHTS.astype(np.float64)), TYPE),
-    "an archive": (Array("float32", (1, 2), "numpy.ndarray", npz(w=WEIGHTS)), TYPE),
-    "an archive for raw bytes": (Array("float32", (1, 2), LITTLE, npz(w=WEIGHTS)), BYTES),
-    "a pickle": (Array("float32", (1, 2), "pickle", pickle.dumps([1, 2])), TYPE),
-    "a planted type": (Array(PLANTED, (1, 2), LITTLE, RAW), TYPE),
-    "a planted encoding": (Array("float64", (1, 2), PLANTED, LONG), TYPE),
+    "nothing": (blob(b""), NONE),
+    "a header that is cut off": (blob(GOOD[:20]), NONE),
+    "half the data": (blob(GOOD[:-4]), NONE),
+    "more than the data": (blob(GOOD + b"x"), NONE),
+    "a huge header": (blob((2**62).to_bytes(8, "little") + GOOD[8:]), NONE),
+    "no JSON": (blob(header("{", RAW)), NONE),
+    "a list": (blob(header("[]")), NONE),
+    "float32 called float64": (blob(one("F64", "[1,2]", "[0,8]", RAW)), NONE),
+    "a huge shape": (blob(one("F32", f"[{10**15},{10**15}]", "[0,8]", RAW)), NONE),
+    "a shape of another size": (blob(one("F32", "[3]", "[0,8]", RAW)), NONE),
+    "a negative shape": (blob(one("F32", "[-1,-2]", "[0,8]", RAW)), NONE),
+    "a truth for a size": (blob(one("F32", "[true,2]", "[0,8]", RAW)), NONE),
+    "offsets beyond the data": (blob(one("F32", "[1,2]", "[8,16]", RAW)), NONE),
+    "offsets beyond all bounds": (blob(one("F32", "[1,2]", LONG, RAW)), NONE),
+    "one name twice": (blob(header(f"{{{TWICE % (0, 8)},{TWICE % (8, 16)}}}", 2 * RAW)), NONE),
+    "integers": (blob(save({"w": np.zeros(2, dtype=np.int32)})), NONE),
+    "half precision": (blob(save({"w": np.zeros(2, dtype=np.float16)})), NONE),
+    "brain floats": (blob(one("BF16", "[4]", "[0,8]", RAW)), NONE),
+    "eighths": (blob(one("F8_E4M3", "[8]", "[0,8]", RAW)), NONE),
+    "truths": (blob(save({"w": np.zeros(2, dtype=bool)})), NONE),
+    "complex numbers": (blob(one("C64", "[1]", "[0,8]", RAW)), NONE),
+    "an unknown type": (blob(one(PLANTED, "[1,2]", "[0,8]", RAW)), NONE),
+    "numpy's own format": (Array(WEIGHTS), NONE),
+    "an archive": (blob(npz(w=WEIGHTS)), NONE),
+    "a numpy file": (blob(npy(WEIGHTS)), NONE),
+    "a pickle": (blob(pickle.dumps([1, 2])), NONE),
+    "another type of bytes": (blob(GOOD, kind="float32"), NONE),
+    "another number of bytes": (blob(GOOD, shape=(len(GOOD) - 1,)), BYTES),
+    "two dimensions": (blob(GOOD, shape=(1, len(GOOD))), BYTES),
+    "a truth for the shape": (blob(GOOD, shape=(True,)), BYTES),
+    "the encoding of before": (Array("float32", (1, 2), "little-endian", RAW), NONE),
+    "no encoding": (Array("uint8", (len(GOOD),), "", GOOD), NONE),
+    "a planted type": (Array(PLANTED, (len(GOOD),), "safetensors", GOOD), NONE),
+    "a planted encoding": (Array("uint8", (len(GOOD),), PLANTED, GOOD), NONE),
 }
 
 
 def with_array(content: RecordDict, array: Array, part: str = "arrays") -> RecordDict:
-    """A message whose one array in a part of it is this one."""
-    content[part] = ArrayRecord({"w": array})
+    """A message that has this in place of a part's arrays."""
+    content[part] = ArrayRecord({"safetensors": array})
     return content
 
 
@@ -503,7 +554,7 @@ class TestBadArrays:
     @pytest.mark.parametrize("kind", BAD_ARRAYS)
     def test_the_server_refuses_them(self, kind: str, part: str) -> None:
         array, said = BAD_ARRAYS[kind]
-        with pytest.raises(WireError, match=said) as caught:
+        with pytest.raises(WireError, match=f"^{part}{said}") as caught:
             read_reply(reply(with_array(pack(UPDATE), array, part)))
         assert PLANTED not in str(caught.value)
 
@@ -511,30 +562,46 @@ class TestBadArrays:
     @pytest.mark.parametrize("kind", BAD_ARRAYS)
     def test_a_site_refuses_them_too(self, kind: str, part: str) -> None:
         array, said = BAD_ARRAYS[kind]
-        with pytest.raises(WireError, match=said):
+        with pytest.raises(WireError, match=f"^{part}{said}"):
             read_task(with_array(pack(TASK), array, part))
 
-    @given(
-        st.sampled_from(["float32", "float64"]),
-        st.binary(max_size=40),
-        st.lists(st.integers(-3, 9), max_size=3),
-    )
-    def test_any_bytes_and_shape_give_an_array_or_our_error(
-        self, kind: str, data: bytes, shape: list[int]
-    ) -> None:
-        content = with_array(pack(UPDATE), Array(kind, tuple(shape), LITTLE, data))
-        fits = min(shape, default=0) >= 0 and len(data) == np.dtype(kind).itemsize * math.prod(
-            shape
-        )
-        if not fits:
-            with pytest.raises(WireError, match=r"^arrays: expected"):
+    @pytest.mark.parametrize("part", UPDATE_PARTS)
+    def test_one_of_another_name_or_two_are_refused(self, part: str) -> None:
+        for record in (
+            ArrayRecord({"w": blob(GOOD)}),
+            ArrayRecord({"safetensors": blob(GOOD), PLANTED: blob(GOOD)}),
+        ):
+            content = pack(UPDATE)
+            content[part] = record
+            with pytest.raises(WireError, match=f"^{part}{NONE}"):
                 read_reply(reply(content))
-            return
-        got = read_reply(reply(content))
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes_give_arrays_or_our_error(self, data: bytes) -> None:
+        self.read(data)
+
+    @given(st.data())
+    def test_so_do_good_ones_with_some_bytes_changed(self, data: st.DataObject) -> None:
+        changed = bytearray(GOOD)
+        for _ in range(data.draw(st.integers(1, 4))):
+            changed[data.draw(st.integers(0, len(GOOD) - 1))] = data.draw(st.integers(0, 255))
+        self.read(bytes(changed))
+
+    @staticmethod
+    def read(data: bytes) -> None:
+        """Whatever is not our error is arrays of our types, no larger than what came."""
+        with suppress(WireError):
+            got = read_reply(reply(with_array(pack(UPDATE), blob(data))))
+            assert isinstance(got, Update)
+            assert {array.dtype.name for array in got.arrays.values()} <= {"float32", "float64"}
+            assert sum(array.nbytes for array in got.arrays.values()) <= len(data)
+
+    def test_arrays_come_in_the_order_of_their_names(self) -> None:
+        """Noise is drawn in that order; with the same coins it must be the same."""
+        many = {f"{n * 37 % 101:03d}": np.full(1, n, dtype=np.float64) for n in range(101)}
+        got = read_reply(reply(pack(replace(UPDATE, arrays=many))))
         assert isinstance(got, Update)
-        assert got.arrays["w"].dtype == kind
-        assert got.arrays["w"].shape == tuple(shape)
-        assert got.arrays["w"].tobytes() == data
+        assert list(got.arrays) == sorted(many)
 
     @pytest.mark.parametrize(
         "kind", [np.int32, np.int64, np.float16, np.longdouble, np.complex64, bool, "V4", object]
@@ -553,8 +620,8 @@ class TestBadArrays:
         bombs = np.empty(1, dtype=object)
         bombs[0] = Bomb()
         for data in (npy(bombs), pickle.dumps(Bomb()), npz(w=bombs)):
-            for stype in ("numpy.ndarray", LITTLE):
-                array = Array("float32", (1, 2), stype, data)
+            for stype in ("numpy.ndarray", "safetensors"):
+                array = Array("uint8", (len(data),), stype, data)
                 with pytest.raises(WireError):
                     read_reply(reply(with_array(pack(UPDATE), array)))
                 assert not trace.exists()
@@ -576,11 +643,13 @@ class TestNothingTheSiteWroteIsPassedOn:
             RecordDict({"facts": facts(**NUMBERS, refused="BUDGET", **{PLANTED: PLANTED})}),
             RecordDict({"facts": facts(**REPLY_FACTS), PLANTED: ARRAYS}),
             RecordDict({PLANTED: ARRAYS}),
-            with_array(pack(UPDATE), Array("float32", (1, 2), LITTLE, PLANTED.encode())),
+            with_array(pack(UPDATE), blob(PLANTED.encode())),
+            with_array(pack(UPDATE), blob(header(PLANTED))),
+            with_array(pack(UPDATE), blob(one(PLANTED, "[1,2]", "[0,8]", RAW, PLANTED))),
+            with_array(pack(UPDATE), blob(one("F32", "[3]", "[0,8]", RAW, PLANTED))),
+            with_array(pack(UPDATE), blob(one("F16", "[4]", "[0,8]", RAW, PLANTED))),
             with_array(pack(UPDATE), Array(PLANTED, (1, 2), PLANTED, RAW)),
-            with_array(pack(UPDATE), Array(PLANTED, (1, 2), LITTLE, RAW)),
-            with_array(pack(UPDATE), Array("float64", (1, 2), PLANTED, LONG)),
-            with_array(pack(UPDATE), Array(PLANTED, (1, 2), LITTLE, RAW), "sums"),
+            with_array(pack(UPDATE), blob(GOOD, kind=PLANTED), "sums"),
         ],
     )
     def test_errors_are_our_own_words(self, content: RecordDict) -> None:

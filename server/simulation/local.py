@@ -1,8 +1,8 @@
 """A federation in one process: real apps, real messages, only the transport is ours."""
 
 import copy
+import itertools
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -77,6 +77,7 @@ class LocalGrid(Grid):
         self._app, self._pool = app, pool
         self._contexts = {node: Context(run_number, node, {}, RecordDict(), {}) for node in nodes}
         self._run = empty_run(run_number)
+        self._ids = itertools.count(1)
         self._pending: dict[str, Future[Message]] = {}
 
     def set_run(self, run: FlowerRun) -> None:
@@ -107,7 +108,7 @@ class LocalGrid(Grid):
         """See `Grid`."""
         pushed = []
         for message in messages:
-            message_id = secrets.token_hex(8)
+            message_id = f"{next(self._ids):016x}"
             set_message_id(message, message_id)
             self._pending[message_id] = self._pool.submit(self._serve, message)
             pushed.append(message_id)

@@ -28,6 +28,7 @@ from ..rounds import Observer, RunError
 from ..store import Event, RunFolder
 from .begun import Begun
 
+# Where ServerApp and ClientApp stand.
 APPS = "fedveil.server.simulation.ray_apps:server", "fedveil.server.simulation.ray_apps:client"
 ACTOR_BYTES = 700 * 2**20
 """Memory of one actor with torch, Flower and a small model; measured at 590 MiB."""
@@ -37,19 +38,13 @@ _GRACE = 15.0  # seconds that a finished run's process gets to end Ray
 _ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)\b.*")
 
 
-def run_ray(
-    begun: Begun,
-    sites: Mapping[int, Site],
-    observe: Observer,
-    apps: tuple[str, str] = APPS,
-) -> None:
+def run_ray(begun: Begun, sites: Mapping[int, Site], observe: Observer) -> None:
     """Runs a federation over Ray; as an engine, see `simulation.run`.
 
     Args:
         begun: The run.
         sites: Its sites; the actors open them anew from their files.
         observe: Sees every event.
-        apps: Where ServerApp and ClientApp stand.
 
     Raises:
         RunError: The run failed.
@@ -57,7 +52,8 @@ def run_ray(
     federation = begun.config.federation
     store = RunFolder(begun.folder)
     _, seen = store.events_from(0)
-    with TemporaryDirectory(prefix="fedveil-") as home:
+    # Not where TMPDIR may say: the paths of Ray's sockets must be short.
+    with TemporaryDirectory(prefix="fedveil-", dir="/tmp") as home:
         environment = _environment(Path(home), federation.ray_address)
         log = begun.folder / "sites" / "ray.log"
         with (
@@ -69,7 +65,7 @@ def run_ray(
             start_simulation(
                 address,
                 key,
-                apps,
+                APPS,
                 begun.values,
                 len(sites),
                 federation.client_cpus,

@@ -4,10 +4,12 @@ import sys
 from importlib import import_module
 
 from ...flower import acquire_task, simulate_task
+from .parent import end_with_parent
 
 
 def main() -> None:
     """Reads the SuperLink's address and key from stdin, takes the task there, and runs it."""
+    end_with_parent()
     for slow in ("flwr.simulation.app", "ray", "torch", "opacus"):  # while the SuperLink starts
         import_module(slow)
     address, key = sys.stdin.readline().split()

@@ -5,16 +5,14 @@ others use too, loopback is no protection. So every request needs the key that t
 given, but for those that carry a task's own token.
 """
 
-import os
 import socket
 import sys
-import threading
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from hmac import compare_digest
 from typing import Any
 
 from ...flower import KEY_HEADER, superlink_app
+from .parent import end_with_parent
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -52,20 +50,16 @@ def main() -> None:
     """Serves until the parent is gone; reads the key from stdin and prints the port."""
     import uvicorn
 
+    end_with_parent()
     key = sys.stdin.readline().strip()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
+    listening.listen()  # before its port is told: who connects early waits
     app = gated(superlink_app(), key)
-    print(listening.getsockname()[1], flush=True)  # noqa: T201  it is how the parent learns of it
+    sys.stdout.write(f"{listening.getsockname()[1]}\n")
+    sys.stdout.flush()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     server.run(sockets=[listening])
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
 
 
 if __name__ == "__main__":

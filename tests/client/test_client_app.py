@@ -1000,13 +1000,14 @@ class TestMalformed:
         assert refusal(read_reply(site(content))) is Refusal.CONFIGURATION
         assert site.reads == 0
 
-    @pytest.mark.parametrize("encoding", ["numpy.ndarray", "little-endian"])
+    @pytest.mark.parametrize("encoding", ["numpy.ndarray", "safetensors"])
     @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18)])
     def test_so_are_arrays_that_are_none(
         self, config: RunConfig, data: bytes, encoding: str, ask: Ask
     ) -> None:
         content = pack(task_for(config))
-        content["arrays"] = ArrayRecord({"w": Array("float64", (1,), encoding, data)})
+        array = Array("uint8", (len(data),), encoding, data)
+        content["arrays"] = ArrayRecord({"safetensors": array})
         site = ask()
         assert refusal(read_reply(site(content))) is Refusal.CONFIGURATION
         assert site.reads == 0

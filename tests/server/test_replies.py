@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from fedveil.flower import (
     Array,
@@ -69,11 +70,11 @@ def update(
     return pack(Update(run_id, number, evaluation, arrays, sums, ledger))
 
 
-def with_array(kind: str, dtype: str, data: bytes, encoding: str = "little-endian") -> RecordDict:
-    """An update whose array b is these bytes of what it calls this type."""
+def with_bytes(kind: str, data: bytes, encoding: str = "safetensors") -> RecordDict:
+    """An update whose arrays are these bytes."""
     content = update(fine(kind))
-    whole = content.array_records["arrays"]["w"]
-    content["arrays"] = ArrayRecord({"w": whole, "b": Array(dtype, (3,), encoding, data)})
+    array = Array("uint8", (len(data),), encoding, data)
+    content["arrays"] = ArrayRecord({"safetensors": array})
     return content
 
 
@@ -94,9 +95,9 @@ def without(kind: str, part: str) -> RecordDict:
 
 def bad_replies(kind: str) -> dict[str, tuple[RecordDict | Error, str]]:
     """Replies that are not to be used where arrays of this type are expected, and why."""
-    good, size = fine(kind), np.dtype(kind).itemsize
+    good, whole = fine(kind), save(fine(kind))
     other = {"float32": "float64", "float64": "float32"}[kind]
-    types, count = "expected float32 or float64", "as many bytes as the shape asks for"
+    types = "arrays: expected one safetensors of float32 or float64"
     expected = f"b: expected (3,) {kind}, got "
     another, ledger = "another run, round or evaluation", "ledger: expected a count and a SHA-256"
     return {
@@ -111,16 +112,11 @@ def bad_replies(kind: str) -> dict[str, tuple[RecordDict | Error, str]]:
             update(good | {"b": fine(other)["b"]}),
             f"{expected}(3,) of another type",
         ),
-        "the other type's bytes": (
-            with_array(kind, kind, bytes(3 * np.dtype(other).itemsize)),
-            count,
-        ),
-        "the encoding of before": (with_array(kind, kind, bytes(3 * size), "float32"), types),
-        "numpy's encoding": (with_array(kind, kind, bytes(3 * size), "numpy.ndarray"), types),
-        "big-endian": (with_array(kind, f">f{size}", bytes(3 * size)), types),
-        "integers": (with_array(kind, "int32", bytes(12)), types),
-        "half precision": (with_array(kind, "float16", bytes(6)), types),
-        "named fields": (with_array(kind, f"[({PLANTED!r}, float32)]", bytes(12)), types),
+        "numpy's encoding": (with_bytes(kind, whole, "numpy.ndarray"), types),
+        "too few bytes": (with_bytes(kind, whole[:-1]), types),
+        "too many bytes": (with_bytes(kind, whole + b"x"), types),
+        "integers": (with_bytes(kind, save({"w": np.zeros(3, dtype=np.int32)})), types),
+        "half precision": (with_bytes(kind, save({"w": np.zeros(3, dtype=np.float16)})), types),
         "NaN": (update(fine(kind, b=[0, np.nan, 0])), "finite"),
         "infinity": (update(fine(kind, b=[0, np.inf, 0])), "finite"),
         "extra key": (update(good | {PLANTED: good["b"]}), "2 names"),
@@ -164,9 +160,9 @@ def bad_replies(kind: str) -> dict[str, tuple[RecordDict | Error, str]]:
         "a task": (pack(Task("run", 4, 2, PLANTED, "{}", good, {}, {}, GROWN)), "records"),
         "a loss": (with_facts(kind, loss=0.5), "keys"),
         "text for a round": (with_facts(kind, round=PLANTED), "round"),
-        "unreadable": (with_array(kind, kind, PLANTED.encode() + b"!"), count),
-        "an archive": (with_array(kind, kind, b"PK\x05\x06" + bytes(18)), count),
-        "half an archive": (with_array(kind, kind, b"PK\x03\x04" + PLANTED.encode() * 2), count),
+        "unreadable": (with_bytes(kind, PLANTED.encode() + b"!"), types),
+        "an archive": (with_bytes(kind, b"PK\x05\x06" + bytes(18)), types),
+        "half an archive": (with_bytes(kind, b"PK\x03\x04" + PLANTED.encode() * 2), types),
     }
 
 
