@@ -34,6 +34,8 @@ ACTOR_BYTES = 700 * 2**20
 """Memory of one actor with torch, Flower and a small model; measured at 590 MiB."""
 
 _POLL = 0.05  # seconds between looks at the events
+_PATIENCE = 20.0  # seconds until a Ray must have answered
+_BEGIN = 300.0  # seconds until a run must have begun
 _GRACE = 15.0  # seconds that a finished run's process gets to end Ray
 _ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)\b.*")
 
@@ -56,6 +58,7 @@ def run_ray(begun: Begun, sites: Mapping[int, Site], observe: Observer) -> None:
     with TemporaryDirectory(prefix="fedveil-", dir="/tmp") as home:
         environment = _environment(Path(home), federation.ray_address)
         log = begun.folder / "sites" / "ray.log"
+        logged = log.stat().st_size if log.exists() else 0
         with (
             _child("superlink", environment, log) as link,
             _child("ray_process", environment, log) as worker,
@@ -73,7 +76,7 @@ def run_ray(begun: Begun, sites: Mapping[int, Site], observe: Observer) -> None:
             )
             _tell(worker, f"{address} {key}")
             last = _follow(store, seen, worker, observe)
-    _check_end(last, log)
+    _check_end(last, log, logged)
 
 
 def check_cluster(federation: Federation) -> None:
@@ -109,14 +112,29 @@ def check_cluster(federation: Federation) -> None:
 
 def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
+    reason: object
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
+        # Ray itself would wait for minutes for something else that listens there.
+        reason = "" if _is_ray(address) else "something else does"
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
+    if reason:
         raise ConfigError(
             f"federation.ray_address = {address}: no Ray answers there ({reason}); check the "
             "address, or leave it out to start Ray on this machine"
-        ) from None
+        )
+
+
+def _is_ray(address: str) -> bool:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        done = subprocess.run(  # noqa: S603  Ray's own
+            command, capture_output=True, check=False, timeout=_PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _check_gpus(share: float) -> None:
@@ -195,14 +213,14 @@ def _follow(
 ) -> Event:
     """Shows the events that the other process writes, until it has ended; the last of them."""
     last: Event = {"event": "nothing"}
-    patience = math.inf
+    patience = time.monotonic() + _BEGIN
     while True:
         # Looked at before the events: what it wrote before it ended is then not missed.
         ended = worker.poll() is not None
         events, start = store.events_from(start)
         for event in events:
             observe(event)
-            last = event
+            last, patience = event, math.inf
         if last["event"] in {"finished", "failed"}:
             patience = min(patience, time.monotonic() + _GRACE)
         if ended or time.monotonic() > patience:
@@ -210,16 +228,18 @@ def _follow(
         time.sleep(_POLL)
 
 
-def _check_end(last: Event, log: Path) -> None:
+def _check_end(last: Event, log: Path, start: int) -> None:
     if last["event"] == "finished":
         return
     if last["event"] == "failed":
-        raise RunError(last["cause"])
-    raise RunError(f"Ray: {_last_error(log)}; {log} says more")
+        cause: str = last["cause"]
+        # What nobody foresaw has a type only for its cause.
+        raise RunError(cause if " " in cause else f"{cause}; {log} says more")
+    raise RunError(f"Ray: {_first_error(log, start)}; {log} says more")
 
 
-def _last_error(log: Path) -> str:
-    """The last line of a log that names an error; the log itself is a site's own."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    named = [line.strip() for line in lines if _ERROR.match(line.strip())]
-    return named[-1] if named else "its process ended before the run began"
+def _first_error(log: Path, start: int) -> str:
+    """The first line of a log that names an error, since byte `start`: what others came of."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    named = (line.strip() for line in text.splitlines() if _ERROR.match(line.strip()))
+    return next(named, "its process ended, or did nothing, before the run began")

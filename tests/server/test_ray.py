@@ -4,12 +4,13 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,6 +53,15 @@ class TestWhatIsAskedOfRay:
         line = str(caught.value)
         assert line.startswith(f"federation.ray_address = {address}: no Ray answers there (")
         assert "\n" not in line
+
+    def test_something_else_listens_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ray, "_PATIENCE", 4.0)
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            address = f"127.0.0.1:{listening.getsockname()[1]}"
+            with pytest.raises(ConfigError, match=r"no Ray answers there \(something else does\)"):
+                ray.check_cluster(Federation(engine="ray", ray_address=address))
 
     def test_more_cores_than_there_are(self) -> None:
         with pytest.raises(ConfigError, match=rf"client_cpus = {CORES + 1}: .* {CORES} cores"):
@@ -373,6 +383,48 @@ def test_whoever_stops_it_leaves_nothing_behind_and_it_goes_on(
     assert run.metrics["sites"] == 2
     for file in find(run.path):
         check(file, known_heads(run.path)[file.stem])
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of somebody's own Ray of two cores."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}"]
+    options = ["--num-cpus=2", "--include-dashboard=false", "--min-worker-port=0", "--block"]
+    with TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        started = subprocess.Popen(
+            [*command, *options, "--max-worker-port=0", "--temp-dir", folder],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        )  # fmt: skip
+        try:
+            assert wait_for(lambda: ray._is_ray(f"127.0.0.1:{port}"))
+            yield f"127.0.0.1:{port}"
+        finally:
+            os.killpg(started.pid, signal.SIGTERM)
+            started.wait(60)
+
+
+@pytest.mark.slow
+def test_a_cluster_is_used_and_left_as_it_was(
+    make_config: MakeConfig, tmp_path: Path, cluster: str
+) -> None:
+    def config(**more: Any) -> RunConfig:  # noqa: ANN401
+        return make_config(
+            federation={"sites": 3, "engine": "ray", "ray_address": cluster, **more},
+            privacy={"mechanism": "none"},
+            evaluation={"samples": 200},
+        )
+
+    run = fedveil.simulate(config(), out=tmp_path / "run")
+    assert run.metrics["rounds"] == 2
+    assert run.metrics["sites"] == 3
+    # What it has not got is told as Ray tells it, and the next run may come.
+    with pytest.raises(RunError, match=r"^Ray: ValueError: ActorPool is empty\..*ray\.log"):
+        fedveil.simulate(config(client_gpus=1.0), out=tmp_path / "none")
+    assert ray._is_ray(cluster)
 
 
 @pytest.mark.slow
