@@ -600,6 +600,12 @@ def validated(model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
         raise ConfigError(_one_line(model, error)) from None
 
 
+def not_below(bound: float, digits: int = 3) -> str:
+    """A bound as text, rounded up: what is printed must not promise more than what holds."""
+    # A hair is taken off, or 0.3 would become 0.301: it is 0.299... times a thousand.
+    return f"{math.ceil(bound * 10**digits - 1e-9) / 10**digits:.{digits}f}"
+
+
 def _make_paths_absolute(raw: dict[str, Any], base: Path) -> None:
     data = raw.get("data")
     for key in ("source", "schema", "ledger"):

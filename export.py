@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import ConfigError, FedveilError
+from .config import ConfigError, FedveilError, not_below
 from .data_prep.schema import Column, ImageSchema, TableSchema
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _marginals(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
             axes.hist(values.to_numpy(), bins=_edges(column).tolist(), density=True)
             axes.set_yticks([])
     epsilon = run.privacy["epsilon"]
-    promise = "NOT PRIVATE" if epsilon is None else f"epsilon {epsilon:.3g}"
+    promise = "NOT PRIVATE" if epsilon is None else f"epsilon {not_below(epsilon)}"
     figure.suptitle(f"Synthetic records of {run.config.federation.name}, {promise}", fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, metadata={_KEY: json.dumps(run.provenance())})

@@ -33,7 +33,8 @@ def write_report(run: "Run", out: Path | None = None) -> Path:
             raise ConfigError(
                 f"--out {path}: is there already and is no report of ours; choose another name"
             )
-        replace_file(path, page)
+        if not path.exists() or path.read_bytes() != page:
+            replace_file(path, page)
     except OSError as error:
         raise ConfigError(
             f"--out {path}: cannot be written ({error.strerror}); choose another folder"

@@ -19,6 +19,9 @@ def simulate(
         typer.Option("--set", help="An option that wins over the file: section.key=value."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder, new or empty.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Where it runs: local, ray. Wins over the file.")
+    ] = None,
     *,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, from its last round.")
@@ -32,6 +35,8 @@ def simulate(
     if resume and out is None:
         raise ConfigError("--resume: needs --out, the folder of the run that is to go on")
     parsed = dict(parse_setting(text) for text in settings or [])
+    if engine is not None:
+        parsed["federation.engine"] = engine
     loaded = load_config(config, parsed)
     if dry_run:
         _print_plan(loaded, as_json=as_json)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import not_below
 from .show import Json, figure, plus_minus
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ def _notes(found: "Comparison") -> Iterator[str]:
     if any(facts.state != "finished" for facts in found.runs):
         yield "What is not finished counts its whole plan as spent; its figures are of midway."
     if found.epsilon is not None:
-        yield f"All runs together cost at most epsilon {found.epsilon:.3f} (by plain addition)."
+        total = not_below(found.epsilon)
+        yield f"All runs together cost at most epsilon {total} (by plain addition)."
     yield (
         "To choose by these accounted figures costs nothing more; to choose by the exact ones of "
         "`fedveil evaluate` is a release that nobody accounts for."
@@ -203,7 +205,7 @@ def _epsilon(facts: "Facts") -> str:
     promise = facts.told.privacy
     if promise is None:
         return "-"
-    return "NOT PRIVATE" if promise.epsilon is None else f"{promise.epsilon:.3f}"
+    return "NOT PRIVATE" if promise.epsilon is None else not_below(promise.epsilon)
 
 
 def _rounds(facts: "Facts") -> str:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import not_below
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -25,7 +27,7 @@ def promise(privacy: dict[str, Any]) -> str:
     if privacy["epsilon"] is None:
         return "NONE: THIS RUN IS NOT PRIVATE"
     return (
-        f"epsilon {privacy['epsilon']:.3f} of {privacy['target_epsilon']:g}, "
+        f"epsilon {not_below(privacy['epsilon'])} of {privacy['target_epsilon']:g}, "
         f"delta {privacy['delta']:.2g}, mechanism {privacy['mechanism']}, "
         f"accountant {privacy['accountant']}"
     )
@@ -81,7 +83,7 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
                 spent = (
                     "NOT PRIVATE"
                     if target is None
-                    else f"epsilon {event['epsilon']:.2f}/{target:g}"
+                    else f"epsilon {not_below(event['epsilon'], 2)}/{target:g}"
                 )
                 bar.update(task, completed=event["round"], spent=f"{spent}{loss}")
                 for dropped in event["dropped"]:

@@ -190,6 +190,15 @@ class TestSimulate:
         assert call("simulate", tiny, "--json").code == 0
         assert len(list((tmp_path / "runs").iterdir())) == 1
 
+    def test_the_engine_may_be_named(self, call: Call, tiny: Path) -> None:
+        """It wins over the file, and is checked as the file's is."""
+        wrong = call("simulate", tiny, "--engine", "cloud", "--dry-run")
+        assert wrong.code == 2
+        assert wrong.err.startswith('error: federation.engine = "cloud": must be ')
+        assert call("simulate", tiny, "--engine", "local", "--dry-run").code == 0
+        nowhere = ("--set", "federation.ray_address=127.0.0.1:1")
+        assert "no Ray answers" in call("simulate", tiny, "--engine", "ray", *nowhere).err
+
     def test_a_dry_run_prints_the_plan_and_writes_nothing(
         self, call: Call, tmp_path: Path, finished_run: fedveil.Run
     ) -> None:
@@ -206,7 +215,7 @@ class TestSimulate:
         assert (result.code, result.err) == (0, "")
         found = json.loads(result.out)
         assert found["epsilon"] == finished_run.privacy["epsilon"]
-        assert found["schedule"][-1] == found["epsilon"]
+        assert found["schedule"][-1] == found["training_epsilon"] <= found["epsilon"]
         assert len(found["schedule"]) == found["rounds"] == 2
         assert not list(tmp_path.iterdir())
 

@@ -23,6 +23,7 @@ from fedveil.config import (
     StrategyName,
     UnitName,
     load_config,
+    not_below,
     override,
     parse_setting,
     validated,
@@ -817,6 +818,17 @@ def test_options_of_ray_are_refused_elsewhere(option: str, value: object) -> Non
 def test_a_ray_address_is_a_host_and_a_port(address: str) -> None:
     line = refusal(raw_config(federation={"ray_address": address, "engine": "ray"}))
     assert line.startswith("federation.ray_address = ")
+
+
+@pytest.mark.parametrize(
+    ("bound", "digits", "said"),
+    [
+        (7.9981, 3, "7.999"), (7.998, 3, "7.998"), (0.3, 3, "0.300"), (8.0, 3, "8.000"),
+        (1.0004e-3, 3, "0.002"), (0.0, 3, "0.000"), (2.341, 2, "2.35"), (100.0, 2, "100.00"),
+    ],
+)  # fmt: skip
+def test_a_bound_is_never_said_to_be_less(bound: float, digits: int, said: str) -> None:
+    assert not_below(bound, digits) == said
 
 
 def test_importing_the_configuration_loads_nothing_heavy(tmp_path: Path) -> None:
