@@ -76,7 +76,7 @@ class Facts:
         path: The folder.
         state: Whether it ended, and how.
         cause: Why it failed; empty unless it did.
-        begun: When its configuration was written.
+        begun: When.
         config: The resolved configuration by dotted key.
         schema: What a record is; empty where it is not written yet.
         versions: Of Python and the packages, and a hash of the source.
@@ -168,13 +168,21 @@ def read_run(path: Path) -> Facts:
         config = dict(_flat(read_toml(path / "config.toml")))
     except ConfigError as error:
         raise FedveilError(f"{error}; put a whole copy back") from None
-    begun = datetime.fromtimestamp((path / "config.toml").stat().st_mtime, UTC)
     state, cause, told = _told(path, config)
     schema, environment = (
         _object(path / name) if (path / name).exists() else {}
         for name in ("schema.json", "environment.json")
     )
+    begun = _begun(path, environment.pop("begun", None))
     return Facts(path, state, cause, begun, config, schema, dict(_flat(environment)), told)
+
+
+def _begun(path: Path, noted: object) -> datetime:
+    """When a run was begun, by its own note; of older ones, when its configuration was written."""
+    try:
+        return datetime.fromisoformat(str(noted)).astimezone(UTC)
+    except ValueError:
+        return datetime.fromtimestamp((path / "config.toml").stat().st_mtime, UTC)
 
 
 def is_run(path: Path) -> bool:

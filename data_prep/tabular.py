@@ -32,7 +32,7 @@ def read(source: str, schema: Schema) -> pl.DataFrame:
     frame = _breast_cancer() if source == "sklearn:breast_cancer" else _read_file(source, schema)
     wanted = [c.name for c in schema.columns] + ([] if schema.person is None else [schema.person])
     if absent := [name for name in wanted if name not in frame.columns]:
-        found = ", ".join(map(ascii, frame.columns[:8])) or "no columns"
+        found = ", ".join(ascii(name[:30]) for name in frame.columns[:8]) or "no columns"
         raise DataError(
             f'data.source = {source}: column "{absent[0]}" is missing; the file has {found}'
             f"{_hint(absent[0], frame.columns)}"

@@ -127,6 +127,18 @@ class TestDifferences:
             (path / "environment.json").write_text(text)
         assert compare(paths).versions == {"packages.torch": ("2.13.0", "2.13.1")}
 
+    def test_when_they_were_begun_is_their_own_note_and_no_version(self, make: Make) -> None:
+        paths = [make("a"), make("b"), make("old")]
+        for path, day in zip(paths[:2], ("03", "04"), strict=True):
+            text = json.dumps({"python": "3.11.7", "begun": f"2026-01-{day}T05:06:07+02:00"})
+            (path / "environment.json").write_text(text)
+        (paths[2] / "environment.json").write_text('{"python": "3.11.7"}')
+        found = [read_run(path) for path in paths]
+        assert compare(paths).versions == {}
+        assert [f"{facts.begun:%d %H:%M}" for facts in found[:2]] == ["03 03:06", "04 03:06"]
+        written = (paths[2] / "config.toml").stat().st_mtime
+        assert found[2].begun.timestamp() == pytest.approx(written)
+
     def test_epsilons_add_up(self, make: Make) -> None:
         """2.5 each."""
         assert compare([make("a"), make("b"), make("c")]).epsilon == 7.5
