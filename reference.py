@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from .config import COMPATIBILITY, RunConfig
 
-START = "<!-- made by `make reference` from config.py -->"
+START = "<!-- made by `make reference` from config/ -->"
 END = "<!-- end of what `make reference` makes -->"
 
 _SECTIONS: dict[str, type[BaseModel]] = {

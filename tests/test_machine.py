@@ -119,7 +119,7 @@ class TestProcesses:
     def test_modules_of_the_folder_are_not_found(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As in our own repository, whose `config.py` and `client` are no packages of others."""
+        """As in our own repository, whose `config` and `client` are no packages of others."""
         put(tmp_path, {"json.py": "raise SystemExit(3)"})
         monkeypatch.chdir(tmp_path)
         with machine.child("import json; print(json.dumps({}))") as started:

@@ -26,7 +26,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "doctor": ("machine",),
     "machine": ("files",),
     "reference": ("config",),
-    "config": (),
+    "config": ("config",),
     "files": (),
     "flower": (),
     "wire": ("config", "flower"),

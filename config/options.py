@@ -1,0 +1,250 @@
+"""The sections of a configuration: each option, its default and what it is, in one place."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MechanismName = Literal["none", "central", "local"]
+StrategyName = Literal["sgd", "adam", "fedavg", "fedprox", "fedadam", "median"]
+UnitName = Literal["record"]
+CompositionName = Literal["addition", "rdp"]
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """A frozen section of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Federation(Options):
+    """Who takes part, for how long, and where it runs."""
+
+    name: str = Field("fedveil", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Run name.")
+    sites: Count = Field(10, description="Number of sites (simulated ones, in a simulation).")
+    rounds: int = Field(200, ge=1, le=100_000, description="Rounds of training.")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="Seed of public randomness: initial weights, simulated site split.",
+    )
+    engine: Literal["local", "ray"] = Field(
+        "local",
+        description="`local`: all sites in this process. `ray`: Flower's simulation over Ray, for "
+        "clusters.",
+    )
+    ray_address: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$",
+        description="HOST:PORT of a running Ray that sees this run's files. Default: a Ray of the "
+        "run's own, on this machine.",
+    )
+    client_cpus: Count = Field(1, description="CPU cores of a client (`ray`).")
+    client_gpus: float = Field(
+        0.0, ge=0, le=64, description="GPUs of a client, or the share of one (`ray`)."
+    )
+    min_replies: Count | None = Field(
+        None, description="Fewest usable replies a round may go on with; more than half the sites."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("ray_address", "client_cpus", "client_gpus"):
+            default = type(self).model_fields[name].default
+            if self.engine != "ray" and getattr(self, name) != default:
+                raise ValueError(f'federation.{name}: goes with federation.engine = "ray" only')
+        return self
+
+
+class Data(Options):
+    """Where the records come from and how they are shared out."""
+
+    source: str = Field(
+        min_length=1,
+        description="A CSV or Parquet file, an npz, a folder of images by class, "
+        "`sklearn:digits` or `sklearn:breast_cancer`. Relative to this file.",
+    )
+    schema_file: str | None = Field(
+        None,
+        alias="schema",
+        description="The schema (TOML) that declares columns and bounds, or image shape and "
+        "classes. Built in for `sklearn:` sources.",
+    )
+    records: Count | None = Field(
+        None,
+        description="Declared, public size of the whole federation's data; never read off the "
+        "data. Known for `sklearn:` sources.",
+    )
+    partition: Literal["iid", "dirichlet", "column"] = Field(
+        "iid", description="How a simulation shares the records out to its sites."
+    )
+    alpha: float = Field(
+        0.5,
+        gt=0,
+        le=1e6,
+        description="Dirichlet concentration of the label skew; small is more skewed.",
+    )
+    column: str | None = Field(
+        None, description='The column that decides the site (`partition = "column"`).'
+    )
+    dataset_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="The ledger's account: declared, and the same for as long as the data is. "
+        "Default: the run's name, while the ledger is new.",
+    )
+    ledger: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of the simulated sites' durable ledgers and split keys, for several "
+        "runs over one data set. Default: new ones in the run folder.",
+    )
+    holdout: Share = Field(0.1, description="Share of the records held out for evaluation.")
+    audit: Share = Field(0.0, description="Share of the records kept for the audit.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.holdout + self.audit >= 1:
+            raise ValueError(
+                f"data.holdout + data.audit = {self.holdout + self.audit:g}: must leave records "
+                "to train on; lower one of them below a sum of 1"
+            )
+        if self.partition == "column" and self.column is None:
+            raise ValueError('data.column: missing: data.partition = "column" needs its name')
+        if self.partition != "column" and self.column is not None:
+            raise ValueError(
+                f'data.column = "{self.column}": goes with data.partition = "column" only'
+            )
+        if self.ledger is not None and self.dataset_id is None:
+            raise ValueError("data.dataset_id: missing: data.ledger needs the name of the account")
+        return self
+
+
+class Clean(Options):
+    """What happens to a bad value; a missing value where none may be drops the record."""
+
+    type_error: Literal["missing", "drop"] = Field(
+        "missing", description="A value that is not of its column's kind."
+    )
+    unknown_category: Literal["missing", "drop"] = Field(
+        "missing", description="A category that the schema does not declare."
+    )
+    out_of_bounds: Literal["clip", "missing", "drop"] = Field(
+        "clip", description="A number outside the declared bounds."
+    )
+
+
+class VaeOptions(Options):
+    """The conditional variational autoencoder (Kingma and Welling 2014)."""
+
+    family: Literal["vae"] = Field(description="The kind of generator.")
+    latent: Count = Field(8, description="Size of the latent code.")
+    width: Count = Field(8, description="Channels of the first convolution (images).")
+    hidden: Count = Field(96, description="Hidden units a layer (tables).")
+    beta: Positive = Field(1.0, description="Weight of the KL term.")
+    reconstruction: Literal["bce", "mse"] | None = Field(
+        None,
+        description="Loss of pixels and numbers. Default: `bce` for images; for tables `mse`, with "
+        "a spread learnt for each column.",
+    )
+
+
+class Training(Options):
+    """How steps are taken."""
+
+    learning_rate: Positive | None = Field(
+        None,
+        description="Of the optimiser: the server's (`adam`, `sgd`), or else the sites' own.",
+    )
+    ema: Share = Field(
+        0.9,
+        description="Decay of the moving average of the weights (`adam`, `sgd`, `fedadam`); 0 is "
+        "off.",
+    )
+    local_steps: Count = Field(
+        1, description="Steps a site takes in a round (not under `adam` and `sgd`)."
+    )
+    micro_batch: Count = Field(
+        64, description="Records processed at a time, a public size; memory, not privacy."
+    )
+
+
+class Privacy(Options):
+    """What is promised, and how it is kept."""
+
+    unit: UnitName = Field("record", description="What is hidden: one record.")
+    mechanism: MechanismName = Field("central", description="Where noise is added; see below.")
+    epsilon: float = Field(
+        3.0, gt=0, le=100, description="Budget of the whole run over training records."
+    )
+    epsilon_holdout: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="Budget of all figures made from held-out records. Default: `privacy.epsilon`.",
+    )
+    delta: float | None = Field(None, gt=0, lt=1, description="Default: min(1e-5, records^-1.5).")
+    clipping_norm: float = Field(
+        1.0, ge=1e-6, le=1e6, description="L2 bound of one record's gradient."
+    )
+    sampling_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Chance of a record to be in a step. Default: 512 records a step expected.",
+    )
+
+
+class Aggregation(Options):
+    """What the server does with the sites' replies."""
+
+    strategy: StrategyName | None = Field(
+        None, description="Default: `adam`; `fedavg` under `local`."
+    )
+    server_learning_rate: Positive = Field(
+        0.01, description="Of the server's own step on the sites' mean change (`fedadam`)."
+    )
+    proximal: Positive = Field(
+        0.01, description="Weight of what holds a site's model to the server's (`fedprox`)."
+    )
+
+
+class Evaluation(Options):
+    """How good the generator is, by noised sums over held-out records."""
+
+    every: int | None = Field(
+        None,
+        ge=0,
+        description="Rounds between evaluations; 0: only at the end. Default: a quarter of them.",
+    )
+    samples: int = Field(
+        5000,
+        ge=100,
+        le=1_000_000,
+        description="Synthetic records that an evaluation draws and trains its classifiers on.",
+    )
+    training_share: Share = Field(
+        0.0,
+        description="Share of `privacy.epsilon` that pays for the loss of training records, to "
+        "hold beside the held-out one; 0: none is made.",
+    )
+
+
+class Policy(Options):
+    """What a simulated site's policy says; a real site's is its own and never leaves it."""
+
+    epsilon_lifetime: Positive | None = Field(
+        None, description="Limit of an account over all runs. Default: this run's, for new ledgers."
+    )
+    delta_lifetime: float | None = Field(
+        None, gt=0, lt=1, description="Limit of an account's delta. Default: this run's."
+    )
+    composition: CompositionName = Field(
+        "addition",
+        description="How runs add up: `addition` of their (epsilon, delta); `rdp`, a Renyi filter, "
+        "for many runs.",
+    )

@@ -1,0 +1,136 @@
+"""Reading TOML and values against models; every fault is one line for the user."""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class FedveilError(Exception):
+    """An error for the user: one line that names field, value and mend.
+
+    `exit_code` is 1 for a run that failed.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(FedveilError):
+    """A wrong call or configuration; exit code 2."""
+
+    exit_code = 2
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+        ConfigError: It is missing, unreadable or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Reads `a.b=c` as a dotted key and a TOML value; what is no TOML value is a string.
+
+    Raises:
+        ConfigError: There is no `=`, or the key names no section.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        raise ConfigError(f"--set {text}: must be section.key=value, such as privacy.epsilon=3")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    return key.strip(), parsed["value"] if parsed.keys() == {"value"} else value.strip()
+
+
+def validated(model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
+    """Validates raw values against a model.
+
+    Raises:
+        ConfigError: One line on the first wrong value, and how many more there are.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_one_line(model, error)) from None
+
+
+def not_below(bound: float, digits: int = 3) -> str:
+    """A bound as text, rounded up: what is printed must not promise more than what holds."""
+    # A hair is taken off, or 0.3 would become 0.301: it is 0.299... times a thousand.
+    return f"{math.ceil(bound * 10**digits - 1e-9) / 10**digits:.{digits}f}"
+
+
+def _one_line(model: type[BaseModel], error: ValidationError) -> str:
+    # An unknown family explains every unknown option that comes with it, so it goes first.
+    first, *more = sorted(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"])
+    value = json.dumps(first["input"], default=str, ensure_ascii=False)
+    context = first.get("ctx", {})
+    match first["type"]:
+        case "value_error":
+            line = str(context["error"])
+        case "string_pattern_mismatch":
+            line = f"{field} = {value}: must match {context['pattern']}"
+        case "model_type":
+            line = f"{field} = {value}: must be a section, [{field}]"
+        case "extra_forbidden":
+            line = f"{field}: unknown key{_did_you_mean(model, first['loc'])}"
+        case "missing":
+            line = f"{field}: missing: it has no default"
+        case "literal_error":
+            line = f"{field} = {value}: must be {context['expected']}"
+            nearest = _nearest(str(first["input"]), context["expected"].split("'")[1::2])
+            line += nearest if "did you mean" in nearest else ""
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            line = f"{field} = {value}: must be {_BOUNDS[first['type']]} "
+            line += f"{next(iter(context.values())):g}"
+        case _:
+            message = first["msg"].removeprefix("Input should be ")
+            line = f"{field} = {value}: must be {message}"
+    return line + (f" (and {len(more)} more)" if more else "")
+
+
+_BOUNDS = {
+    "greater_than": ">",
+    "greater_than_equal": ">=",
+    "less_than": "<",
+    "less_than_equal": "<=",
+}
+
+
+def _did_you_mean(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    owner = model
+    for part in location[:-1]:
+        if isinstance(part, str):  # a number counts within a list of sections
+            fields = {field.alias or name: field for name, field in owner.model_fields.items()}
+            owner = next(_models_in(fields[part].annotation), owner) if part in fields else owner
+    names = [field.alias or name for name, field in owner.model_fields.items()]
+    return _nearest(str(location[-1]), names)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:  # noqa: ANN401
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else f"; known are {', '.join(choices)}"
