@@ -28,6 +28,12 @@ def read(path: Path | str) -> str:
         return ""
 
 
+def cores() -> int:
+    """How many cores this process may keep busy: of those it may run on, a container's share."""
+    usable, allowed = len(os.sched_getaffinity(0)), cores_allowed()
+    return usable if allowed is None else max(1, min(usable, round(allowed)))
+
+
 def cores_allowed(groups: Path = _GROUPS, membership: str | None = None) -> float | None:
     """The cores that the process's control groups allow it; `None` is no limit.
 

@@ -76,6 +76,17 @@ class TestLimits:
         assert machine.memory_available() > 0
         assert (machine.cores_allowed() or 1) > 0
 
+    @pytest.mark.parametrize(
+        ("usable", "allowed", "cores"),
+        [(8, None, 8), (8, 2.0, 2), (8, 2.6, 3), (8, 0.5, 1), (8, 0.1, 1), (2, 16.0, 2)],
+    )
+    def test_the_smaller_of_what_it_may_run_on_and_its_share(
+        self, usable: int, allowed: float | None, cores: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(usable)))
+        monkeypatch.setattr(machine, "cores_allowed", lambda: allowed)
+        assert machine.cores() == cores
+
 
 class TestFileSystem:
     MOUNTS = (

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ...flower import (
     set_identity,
     set_message_id,
 )
+from ...machine import cores
 from ..app import server_app
 from ..rounds import Observer
 from ..store import Event, RunFolder
@@ -58,7 +58,7 @@ def run_apps(begun: Begun, app: ClientApp, nodes: list[int], observe: Observer) 
 @contextmanager
 def local_grid(app: ClientApp, nodes: list[int], run_number: int) -> Iterator["LocalGrid"]:
     """A grid of threads, min(cores, sites) of them, each with one torch thread."""
-    workers = min(len(os.sched_getaffinity(0)), len(nodes))
+    workers = min(cores(), len(nodes))
     # The identity is the process's, so that one simulation runs at a time in a process.
     set_identity(run_number, _SERVER_NODE)
     pool = ThreadPoolExecutor(workers, "site", initializer=torch.set_num_threads, initargs=(1,))

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from ...client.site import Site
 from ...config import ConfigError, Federation
 from ...flower import start_simulation
-from ...machine import memory_available
+from ...machine import cores, memory_available
 from ..rounds import Observer, RunError
 from ..store import Event, RunFolder
 from .begun import Begun
@@ -93,11 +93,10 @@ def check_cluster(federation: Federation) -> None:
     if federation.ray_address is not None:
         _check_address(federation.ray_address)
         return
-    cores = len(os.sched_getaffinity(0))
-    actors = cores // federation.client_cpus
+    actors = cores() // federation.client_cpus
     if not actors:
         raise ConfigError(
-            f"federation.client_cpus = {federation.client_cpus}: this machine has {cores} cores; "
+            f"federation.client_cpus = {federation.client_cpus}: this machine has {cores()} cores; "
             "ask for fewer, or name a cluster in federation.ray_address"
         )
     needed, free = actors * ACTOR_BYTES, memory_available()

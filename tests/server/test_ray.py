@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import fedveil
+from fedveil import machine
 from fedveil.client.site import Site
 from fedveil.config import ConfigError, Federation, FedveilError, RunConfig
 from fedveil.flower import KEY_HEADER
@@ -32,7 +33,7 @@ from fedveil.server.simulation.sites import simulated_site
 from fedveil.server.simulation.superlink import gated
 
 MakeConfig = Callable[..., RunConfig]
-CORES = len(os.sched_getaffinity(0))
+CORES = machine.cores()
 KEY = "a1" * 32
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import fedveil
+from fedveil import machine
 from fedveil.client import app as client_module
 from fedveil.client.evaluation import holdout_sums
 from fedveil.config import ConfigError, FedveilError, RunConfig
@@ -80,6 +81,7 @@ def app_of(handler: Handler) -> ClientApp:
 def cores(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Lets the machine have so many cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
+    monkeypatch.setattr(machine, "cores_allowed", lambda: None)
 
 
 def messages(nodes: Iterable[int], content: RecordDict | None = None) -> list[Message]:
