@@ -106,6 +106,7 @@ class Comparison:
         best: The run (its place) that is better than every other beyond chance, by figure.
         epsilon: What all cost those who are in all of them, by plain addition; `None` if one of
             them is not private, or they are not of the same data.
+        delta: Of the same.
     """
 
     runs: tuple[Facts, ...]
@@ -115,6 +116,7 @@ class Comparison:
     obstacles: tuple[str, ...]
     best: Mapping[str, int]
     epsilon: float | None
+    delta: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -127,6 +129,7 @@ class Comparison:
             "obstacles": list(self.obstacles),
             "best": {name: str(self.runs[place].path) for name, place in self.best.items()},
             "epsilon_together": self.epsilon,
+            "delta_together": self.delta,
         }
 
 
@@ -150,6 +153,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
         obstacles=obstacles,
         best={} if obstacles else _best(runs),
         epsilon=_together(runs),
+        delta=math.fsum(p.delta or 0.0 for facts in runs if (p := facts.told.privacy)),
     )
 
 

@@ -26,6 +26,7 @@ from .machine import (
     clock_state,
     cores_allowed,
     file_system,
+    is_network,
     memory_available,
     read,
 )
@@ -39,7 +40,6 @@ _GIB = 2**30
 _SHARED = "/dev/shm"  # noqa: S108  where Ray keeps what its processes share
 _FILES_AT_REST, _FILES_A_SITE = 64, 3  # measured: a ledger is a database, its journal, its index
 _NO_PROMISE = ("tmpfs", "ramfs", "overlay")
-_REMOTE = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph", "glusterfs")
 _CLOSED = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 _LOADS = (
     "import json, os; from fedveil import api; from fedveil.server import simulation; import torch;"
@@ -328,7 +328,7 @@ def durability(kind: str, environment: Mapping[str, str]) -> Check:
     if kind in _NO_PROMISE:
         found = f"{kind}: what is written may be gone with the machine or the container"
         return Check("durability", "warning", found, "put ledgers and runs on a disk or a volume")
-    if kind in _REMOTE:
+    if is_network(kind):
         found = f"{kind}: a network disk, whose locks may not hold between machines"
         return Check("durability", "warning", found, "put ledgers on a local disk")
     return Check("durability", "ok", kind or "not known here")

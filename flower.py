@@ -15,6 +15,9 @@ os.environ.update(
     FLWR_DISABLE_UPDATE_CHECK="1",
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     RAY_USAGE_STATS_ENABLED="0",
+    # A proxy would be shown what goes from one of our processes to another, keys and all.
+    NO_PROXY=f"{os.environ.get('NO_PROXY', '')},127.0.0.1,localhost".lstrip(","),
+    no_proxy=f"{os.environ.get('no_proxy', '')},127.0.0.1,localhost".lstrip(","),
 )
 
 from flwr.app import (
@@ -148,7 +151,11 @@ def start_simulation(
         nodes: How many simulated sites.
         cpus: CPU cores of a client.
         gpus: GPUs of a client, or a part of one.
+
+    Raises:
+        OSError: The SuperLink does not take it.
     """
+    import httpx
     import tomli_w
     from flwr.cli.build import build_fab_from_files
     from flwr.proto.control_pb2 import StartRunRequest
@@ -174,7 +181,10 @@ def start_simulation(
     )
     request = StartRunRequest(fab=Fab(content=content), override_federation_config=wanted)
     with closing(ControlHttpClient(f"http://{address}", interceptors=(_WithKey(key),))) as control:
-        control.StartRun(request)
+        try:
+            control.StartRun(request)
+        except httpx.HTTPError as error:
+            raise OSError(f"Flower's SuperLink does not take the run ({error})") from None
 
 
 def acquire_task(address: str, key: str) -> str:

@@ -95,6 +95,31 @@ def _own_groups(groups: Path, controller: str, membership: str | None) -> Iterat
         yield from (top / part for part in (inner, *inner.parents))
 
 
+_NETWORKS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "fuse.sshfs",
+    "ceph",
+    "glusterfs",
+    "lustre",
+}
+
+
+def on_network(place: Path) -> bool:
+    """Whether a folder (or where it is to be) is on a disk that other machines share."""
+    there = next(path for path in (place, *place.resolve().parents) if path.exists())
+    return is_network(file_system(there, read("/proc/self/mountinfo")))
+
+
+def is_network(kind: str) -> bool:
+    """Whether a kind of file system is one over a network."""
+    return kind in _NETWORKS
+
+
 def file_system(place: Path, mounts: str) -> str:
     """The kind of the mount that a folder is on, by the lines of /proc/self/mountinfo."""
     kinds = {}

@@ -166,6 +166,7 @@ def read_reply(message: Message) -> Update | Refused:
 
 
 _FORMAT = "safetensors"
+_MOST_HEADER = 2**20  # bytes; some ten thousand arrays
 _EXPECTED = "float32 or float64"  # of models; of sums, whose rounding is a sensitivity
 _TASK_ARRAYS = ("arrays", "released", "exam")
 _UPDATE_ARRAYS = ("arrays", "sums")
@@ -225,6 +226,9 @@ def _decode(record: ArrayRecord, part: str) -> dict[str, np.ndarray]:
         raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}")
     if type(whole.data) is not bytes or tuple(whole.shape) != (len(whole.data),):
         raise WireError(f"{part}: expected as many bytes as the shape asks for")
+    # A header says what arrays there are; a large one would become many times its size in objects.
+    if int.from_bytes(whole.data[:8], "little") > _MOST_HEADER:
+        raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}")
     try:
         arrays = dict(sorted(load(whole.data).items()))  # which come in an order of chance
     except (SafetensorError, LookupError, ValueError, TypeError, OverflowError, AttributeError):

@@ -51,7 +51,7 @@ def simulate(
     except KeyboardInterrupt:
         typer.echo(
             f"interrupted: go on with `fedveil simulate {config} --out {folder} --resume` and the "
-            "same --set; until then all of the plan counts as spent",
+            "same --set and --engine; until then all of the plan counts as spent",
             err=True,
         )
         raise typer.Exit(130) from None

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import not_below
+from ..config import not_below, small_not_below
 from .show import Json, figure, plus_minus
 
 if TYPE_CHECKING:
-    from ..compare import Comparison, Facts, Told
+    from ..compare import Comparison, Facts
 
 app = typer.Typer(help="Runs: list them, compare them.", no_args_is_help=True)
 
@@ -170,8 +170,8 @@ def _notes(found: "Comparison") -> Iterator[str]:
     if any(facts.state != "finished" for facts in found.runs):
         yield "What is not finished counts its whole plan as spent; its figures are of midway."
     if found.epsilon is not None:
-        total = not_below(found.epsilon)
-        yield f"All runs together cost at most epsilon {total} (by plain addition)."
+        total, delta = not_below(found.epsilon), small_not_below(found.delta)
+        yield f"All runs together cost at most epsilon {total}, delta {delta} (by plain addition)."
     yield (
         "To choose by these accounted figures costs nothing more; to choose by the exact ones of "
         "`fedveil evaluate` is a release that nobody accounts for."
@@ -217,8 +217,3 @@ def _rounds(facts: "Facts") -> str:
 def _seconds(facts: "Facts") -> str:
     total = facts.told.seconds.get("total")
     return "-" if total is None else f"{total:.1f}"
-
-
-def _seconds_a_round(told: "Told") -> str:
-    total = told.seconds.get("total")
-    return "-" if total is None or not told.rounds else f"{total / told.rounds:.3g}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import not_below
+from ..config import not_below, small_not_below
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ def promise(privacy: dict[str, Any]) -> str:
         return "NONE: THIS RUN IS NOT PRIVATE"
     return (
         f"epsilon {not_below(privacy['epsilon'])} of {privacy['target_epsilon']:g}, "
-        f"delta {privacy['delta']:.2g}, mechanism {privacy['mechanism']}, "
+        f"delta {small_not_below(privacy['delta'])}, mechanism {privacy['mechanism']}, "
         f"accountant {privacy['accountant']}"
     )
 

@@ -76,11 +76,14 @@ def _answer(
     except Exception:  # a ledger that fails in a way that nobody foresaw admits nothing
         log.exception("refused run %s, round %d", task.run_id, task.round)
         return refused(Refusal.LEDGER)
+    failures = site.failures
     try:
         arrays, sums = _work(task, config, schema, priced, site)
     except _FAILURES:  # it fails without any record too, and says no more than that
         log.exception("run %s, round %d failed", task.run_id, task.round)
         return refused(Refusal.FAILED)
+    if site.failures == failures:
+        site.succeed()
     return Update(task.run_id, task.round, task.evaluation, arrays, sums, (head.number, head.hash))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Site:
     Attributes:
         name: What its own log and folder call it.
         coins: Its secret coins.
-        failed: Whether it ever took part without its records because they made it fail.
+        failures: How often it took part without its records because they made it fail.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Site:
         folder: Path | None = None,
     ) -> None:
         """A site that reads its raw records by `read` and keeps its report in `folder`."""
-        self.name, self.coins, self.failed = name, coins, False
+        self.name, self.coins, self.failures = name, coins, 0
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
         self._records: Records | None = None
@@ -125,9 +126,28 @@ class Site:
 
     def fail(self) -> None:
         """Notes that its records made it fail, for its owner's eyes: the server learns nothing."""
-        self.failed = True
-        if self._folder is not None:
-            self._folder.with_name(f"{self._folder.name}.failed").touch()
+        self.failures += 1
+        self._mark(failed=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ever took part without its records."""
+        return self.failures > 0
+
+    def succeed(self) -> None:
+        """Takes the note back: it took part with its records."""
+        self._mark(failed=False)
+
+    def _mark(self, *, failed: bool) -> None:
+        if self._folder is None:
+            return
+        marker = self._folder.with_name(f"{self._folder.name}.failed")
+        # Not even a full disk may make a site whose records failed look unlike the others.
+        with suppress(OSError):
+            if failed:
+                marker.touch()
+            else:
+                marker.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets go of the ledger."""

@@ -35,12 +35,14 @@ from .reading import (
     not_below,
     parse_setting,
     read_toml,
+    small_not_below,
     validated,
 )
 
 __all__ = [
     "BUILT_IN_SIZES",
     "COMPATIBILITY",
+    "TRANSPORT",
     "Aggregation",
     "Clean",
     "CompositionName",
@@ -61,6 +63,7 @@ __all__ = [
     "override",
     "parse_setting",
     "read_toml",
+    "small_not_below",
     "validated",
 ]
 
@@ -91,6 +94,9 @@ COMPATIBILITY: Mapping[MechanismName, Allowed] = {
         units=("record",),
     ),
 }
+
+TRANSPORT = ("engine", "ray_address", "client_cpus", "client_gpus")
+"""Options of `federation` that say where a run runs, and nothing of what it is."""
 
 BUILT_IN_SIZES = {"sklearn:digits": 1797, "sklearn:breast_cancer": 569}
 """Published sizes of the data sets that scikit-learn ships."""
@@ -226,7 +232,9 @@ class RunConfig(Options):
     def shared(self) -> "RunConfig":
         """This configuration without what is each site's own to say: what the sites are sent."""
         data = self.data.model_copy(update={"ledger": None})
-        return self.model_copy(update={"data": data, "policy": Policy()})
+        defaults = {name: Federation.model_fields[name].default for name in TRANSPORT}
+        federation = self.federation.model_copy(update=defaults)
+        return self.model_copy(update={"federation": federation, "data": data, "policy": Policy()})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -285,6 +293,11 @@ def _check_strategy(config: RunConfig) -> None:
         raise ValueError(
             f"training.local_steps = {config.training.local_steps}: {config.strategy} takes one "
             'step a round at the server; use 1, or aggregation.strategy = "fedavg"'
+        )
+    if config.strategy == "fedprox" and config.training.local_steps == 1:
+        raise ValueError(
+            "training.local_steps = 1: the first step begins at the server's model, where fedprox "
+            'pulls nowhere; take more, or aggregation.strategy = "fedavg"'
         )
     for option, strategy in (("server_learning_rate", "fedadam"), ("proximal", "fedprox")):
         default = Aggregation.model_fields[option].default

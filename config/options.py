@@ -45,7 +45,11 @@ class Federation(Options):
     )
     client_cpus: Count = Field(1, description="CPU cores of a client (`ray`).")
     client_gpus: float = Field(
-        0.0, ge=0, le=64, description="GPUs of a client, or the share of one (`ray`)."
+        0.0,
+        ge=0,
+        le=64,
+        description="GPUs that Ray keeps for a client, or the share of one (`ray`); no family "
+        "computes on them yet.",
     )
     min_replies: Count | None = Field(
         None, description="Fewest usable replies a round may go on with; more than half the sites."

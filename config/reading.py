@@ -76,6 +76,14 @@ def not_below(bound: float, digits: int = 3) -> str:
     return f"{math.ceil(bound * 10**digits - 1e-9) / 10**digits:.{digits}f}"
 
 
+def small_not_below(bound: float) -> str:
+    """The same of a small one, such as a delta, to two digits that count."""
+    if bound <= 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(bound)) - 1)
+    return f"{math.ceil(bound / unit - 1e-9) * unit:.2g}"
+
+
 def _one_line(model: type[BaseModel], error: ValidationError) -> str:
     # An unknown family explains every unknown option that comes with it, so it goes first.
     first, *more = sorted(error.errors(), key=lambda e: e["type"] == "extra_forbidden")

@@ -44,7 +44,7 @@ class Column(Options):
         return self
 
     def _category_fault(self) -> str | None:
-        if len(self.categories) < 2 or repeated(self.categories):
+        if len(self.categories) < 2 or repeated(self.categories) is not None:
             return "categories: needs at least two, each named once"
         if padded := next((c for c in self.categories if c != c.strip()), None):
             return f"categories: {padded!r} has blanks around it"
@@ -101,7 +101,7 @@ class TableSchema(Options):
     @model_validator(mode="after")
     def _check(self) -> Self:
         names = [column.name for column in self.columns]
-        if twice := repeated(names):
+        if (twice := repeated(names)) is not None:
             raise ValueError(f"column: {twice!r} is declared twice")
         for column in self.columns:
             if lost := set(column.categories) & {"", *self.missing}:
@@ -174,7 +174,7 @@ class ImageSchema(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.classes) == 1 or repeated(self.classes):
+        if len(self.classes) == 1 or repeated(self.classes) is not None:
             raise ValueError("classes: needs none, or at least two, each named once")
         if self.height % 4 or self.width % 4:
             raise ValueError(f"height, width = {self.height}, {self.width}: must be multiples of 4")

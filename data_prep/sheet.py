@@ -10,7 +10,7 @@ import polars as pl
 from .clean import DataError
 from .guess import LeftOut
 from .schema import repeated
-from .tabular import as_text, is_number, read_parquet, read_rows, separator_hint, table_path
+from .tabular import as_text, is_number, named, read_parquet, read_rows, separator_hint, table_path
 from .words import MARKERS
 
 
@@ -62,8 +62,8 @@ def _text_sheet(path: Path) -> Sheet:
     header = len(rows[0]) == width and _is_header(rows[0], rows[1:])
     names = [f"column_{place}" for place in range(1, width + 1)]
     if header:
-        names = [name.strip() for name in rows.pop(0)]
-        if twice := repeated(names):
+        names = named(rows.pop(0))
+        if (twice := repeated(names)) is not None:
             raise DataError(f"data.source = {path}: column {twice!a} is there twice; rename one")
     whole = [row for row in rows if len(row) == width]
     frame = pl.DataFrame(whole, schema=dict.fromkeys(names, pl.String), orient="row")
@@ -72,10 +72,9 @@ def _text_sheet(path: Path) -> Sheet:
 
 def _without_nameless(sheet: Sheet) -> Sheet:
     """A column that has no name cannot be declared; row numbers often have none."""
-    if "" not in sheet.frame.columns:
-        return sheet
-    nameless = LeftOut("", "it has no name; give it one if the model needs it")
-    return replace(sheet, frame=sheet.frame.drop(""), odd=(*sheet.odd, nameless))
+    blank = [name for name in sheet.frame.columns if not name.strip()]
+    nameless = (LeftOut("", "it has no name; give it one if the model needs it"),) * bool(blank)
+    return replace(sheet, frame=sheet.frame.drop(blank), odd=(*sheet.odd, *nameless))
 
 
 def _is_header(first: Sequence[str], others: Iterable[Sequence[str]]) -> bool:

@@ -211,13 +211,22 @@ def _read_lines(path: Path, schema: TableSchema) -> pl.DataFrame:
     rows = read_rows(path)
     names = [column.name for column in schema.columns]
     if schema.header:
-        names = [name.strip() for name in rows.pop(0)] if rows else []
-        if twice := repeated(names):
+        names = named(rows.pop(0)) if rows else []
+        if (twice := repeated(names)) is not None:
             raise DataError(f"data.source = {path}: column {twice!a} is there twice")
     blank = [None] * len(names)
     whole = [row if len(row) == len(names) else blank for row in rows]
     with _reading(str(path)):
         return pl.DataFrame(whole, schema=dict.fromkeys(names, pl.String), orient="row")
+
+
+def named(header: list[str]) -> list[str]:
+    """Column names; one that is empty becomes blanks of its own, so that no schema can name it.
+
+    Spreadsheets leave commas at the ends of lines.
+    """
+    names = [name.strip() for name in header]
+    return [name or " " * place for place, name in enumerate(names, start=1)]
 
 
 def _fields(line: str, separator: str) -> list[str]:

@@ -322,18 +322,17 @@ def calibrate(
         return pld_epsilon(Releases(noise_multiplier, sampling_rate, count), delta, grid, beside)
 
     start = _guess(sampling_rate, count, epsilon, delta)
-    try:
-        found = _least(lambda noise: price(noise, coarse), epsilon, start, 5e-4)
-    except OverflowError:
+    found = _least(lambda noise: price(noise, coarse), epsilon, start, 5e-4)
+    if found is None:
         raise AccountingError(
             f"privacy.epsilon = {epsilon:g}: cannot be reached with {count} releases at "
             f"sampling rate {sampling_rate:g}; raise epsilon or lower federation.rounds"
-        ) from None
+        )
     # The coarse grid errs on the safe side, and in runs of thousands of releases by much.
     if price(found, fine) > epsilon * (1 - 5e-3):
         return Releases(found, sampling_rate, count)
-    found = _least(lambda noise: price(noise, fine), epsilon, found, 5e-3)
-    return Releases(found, sampling_rate, count)
+    finer = _least(lambda noise: price(noise, fine), epsilon, found, 5e-3)
+    return Releases(found if finer is None else finer, sampling_rate, count)
 
 
 def _guess(sampling_rate: float, count: int, epsilon: float, delta: float) -> float:
@@ -347,7 +346,8 @@ def _guess(sampling_rate: float, count: int, epsilon: float, delta: float) -> fl
         mu = math.sqrt(low * high)
         above = _gaussian_delta(mu, epsilon) > delta
         low, high = (low, mu) if above else (mu, high)
-    growth = (low / sampling_rate) ** 2 / count
+    # Within what can be squared: a rate of 1e-160 is allowed, if of no use.
+    growth = max(1e-12, min(1e12, low / sampling_rate)) ** 2 / count
     # Without sampling it is exact: the releases together are one Gaussian mechanism.
     square = growth if sampling_rate == 1 else math.log1p(growth)
     return min(_MOST_NOISE, max(_LEAST_NOISE, 1 / math.sqrt(square)))
@@ -363,33 +363,37 @@ def _gaussian_delta(mu: float, epsilon: float) -> float:
     return tail(epsilon / mu - mu / 2) - weighted
 
 
-def _least(price: Callable[[float], float], epsilon: float, start: float, width: float) -> float:
+def _least(
+    price: Callable[[float], float], epsilon: float, start: float, width: float
+) -> float | None:
     """The least noise whose price is at most epsilon, to a relative `width`; that one is priced.
 
     Prices fall with noise, nearly as a power of it. So each guess is that power's through the two
     ends known; it is tried with half the width more and less, so that both ends close in on it.
     The middle comes last, so that every turn at least halves what is left.
 
-    Raises:
-        OverflowError: No noise multiplier up to 10^4 is enough.
+    Returns:
+        The noise multiplier; `None` if none up to 10^4 is enough.
     """
     # From the side of much noise: small noise makes wide, slow distributions.
     high, at_high = start, price(start)
     while at_high > epsilon:
         if high >= _MOST_NOISE:
-            raise OverflowError
+            return None
         high = min(_MOST_NOISE, high * min(2.0, 1.01 * at_high / epsilon))
         at_high = price(high)
     low, at_low = high, at_high
     while at_low <= epsilon:
-        if low < _LEAST_NOISE:
+        if low < _LEAST_NOISE or not at_low:  # nothing costs less than nothing
             return low
         high, at_high = low, at_low
-        low /= min(2.0, 1.01 * epsilon / at_low) if at_low else 2.0
+        low /= min(2.0, 1.01 * epsilon / at_low)
         at_low = price(low)
     while high > low * (1 + width):
-        slope = math.log(at_high / at_low) / math.log(high / low) if at_high else -1.0
-        between = low * (epsilon / at_low) ** (1 / slope)
+        between = math.sqrt(low * high)
+        if at_high and at_low < math.inf:
+            slope = math.log(at_high / at_low) / math.log(high / low)
+            between = low * (epsilon / at_low) ** (1 / slope)
         for noise in (between * (1 + width / 2), between * (1 - width / 2), math.sqrt(low * high)):
             if low < noise < high:
                 found = price(noise)

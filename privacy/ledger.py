@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import FedveilError
 from ..files import draft_of, publish
@@ -28,6 +28,7 @@ from .plan import Side
 
 _APPLICATION = 0x46564C47  # "FVLG", where SQLite says whose file it is
 _FORMAT = 1
+Journal = Literal["wal", "delete"]
 _CLOCK_SLACK = timedelta(minutes=5)  # what a time server may put a clock back by
 _LOCK_SECONDS = 30.0
 _TABLE = """CREATE TABLE entries (
@@ -59,9 +60,15 @@ class Ledger:
 
     @classmethod
     def create(
-        cls, path: Path, site: str, *, simulated: bool = False, clock: Callable[[], datetime] = now
+        cls,
+        path: Path,
+        site: str,
+        *,
+        simulated: bool = False,
+        journal: Journal = "wal",
+        clock: Callable[[], datetime] = now,
     ) -> None:
-        """Makes a new ledger: all of it, or nothing.
+        """Makes a new ledger: all of it, or nothing; for its arguments see `open`.
 
         Raises:
             FileExistsError: There is a file already.
@@ -74,14 +81,14 @@ class Ledger:
             with _typed(path):
                 if os.path.lexists(path):
                     raise FileExistsError
-                for journal in (f"{path}-wal", f"{path}-shm", f"{path}-journal"):
-                    if os.path.lexists(journal):
+                for left in (f"{path}-wal", f"{path}-shm", f"{path}-journal"):
+                    if os.path.lexists(left):
                         raise UnavailableError(
-                            f"{path}: a lost ledger left {journal}; put that ledger back, or move "
+                            f"{path}: a lost ledger left {left}; put that ledger back, or move "
                             "this file away"
                         )
                 os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                _fill(draft, entry)
+                _fill(draft, entry, journal)
                 publish(draft, path)
         except FileExistsError:
             raise FileExistsError(errno.EEXIST, "is there already", str(path)) from None
@@ -96,6 +103,7 @@ class Ledger:
         *,
         wait: float = _LOCK_SECONDS,
         read_only: bool = False,
+        journal: Journal = "wal",
         clock: Callable[[], datetime] = now,
     ) -> "Ledger":
         """Opens a ledger and verifies all of it.
@@ -104,6 +112,8 @@ class Ledger:
             path: The file; it is never made here, for an empty ledger is a fresh budget.
             wait: Seconds to wait for another process.
             read_only: Whether it is only looked at.
+            journal: SQLite's; `delete` where hosts share a network disk, on which `wal` cannot be
+                (sqlite.org/wal.html, section 1). Either is synced before a release counts.
             clock: The time; for people, no number rests on it.
 
         Raises:
@@ -126,7 +136,7 @@ class Ledger:
                 ledger = cls(path, connection, clock)
                 ledger._check_file()
                 if not read_only:
-                    _keep_journal(connection)
+                    _keep_journal(connection, journal)
                 ledger.read()
             except BaseException:
                 connection.close()
@@ -436,13 +446,15 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _keep_journal(connection: sqlite3.Connection) -> None:
-    """WAL, which other tools may have changed, and a sync before anything counts."""
-    if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-        kept = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        if kept != "wal":
-            raise sqlite3.OperationalError(f"the disk keeps the journal as {kept}, not as WAL")
-    connection.execute("PRAGMA synchronous = FULL")
+def _keep_journal(connection: sqlite3.Connection, journal: Journal) -> None:
+    """The journal asked for, which other tools may have changed; a sync before anything counts."""
+    if connection.execute("PRAGMA journal_mode").fetchone()[0] != journal:
+        kept = connection.execute(f"PRAGMA journal_mode = {journal}").fetchone()[0]
+        if kept != journal:
+            asked = journal.upper()
+            raise sqlite3.OperationalError(f"the disk keeps the journal as {kept}, not as {asked}")
+    # A rollback journal is committed by its removal: EXTRA syncs that too (sqlite.org/pragma.html).
+    connection.execute(f"PRAGMA synchronous = {'FULL' if journal == 'wal' else 'EXTRA'}")
 
 
 def _commits(run_id: str, releases: Sequence[tuple[str, int]]) -> list[_Proposal]:
@@ -452,11 +464,11 @@ def _commits(run_id: str, releases: Sequence[tuple[str, int]]) -> list[_Proposal
     ]
 
 
-def _fill(draft: Path, entry: Entry) -> None:
+def _fill(draft: Path, entry: Entry, journal: Journal) -> None:
     """A whole new ledger with its first entry."""
     connection = sqlite3.connect(draft, isolation_level=None)
     try:
-        _keep_journal(connection)
+        _keep_journal(connection, journal)
         connection.execute(f"PRAGMA application_id = {_APPLICATION}")
         connection.execute(f"PRAGMA user_version = {_FORMAT}")
         connection.execute("BEGIN")

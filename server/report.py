@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..config import FedveilError, not_below
+from ..config import FedveilError, not_below, small_not_below
 from ..data_prep.schema import Schema
 from .bars import Histogram
 from .charts import Chart
@@ -191,6 +191,7 @@ def _templates() -> Environment:
     made.filters["figure"] = lambda value: "-" if value is None else f"{value:.4g}"
     made.filters["rough"] = lambda value: "-" if value is None else f"{value:.2g}"
     made.filters["fixed"] = lambda value: "-" if value is None else not_below(value)
+    made.filters["small"] = small_not_below
     made.filters["factor"] = _factor
     made.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
     return made

@@ -186,7 +186,12 @@ class RunFolder:
                 lines, newline, _ = opened.read().rpartition(b"\n")
         except FileNotFoundError:
             return [], 0
-        events = [json.loads(line) for line in lines.splitlines()]
+        try:
+            events = [json.loads(line) for line in lines.splitlines()]
+        except ValueError:
+            raise FedveilError(
+                f"{self.path}: events.jsonl: is no JSON; the file was edited"
+            ) from None
         return events, start + len(lines) + len(newline)
 
     def events(self) -> Iterator[Event]:

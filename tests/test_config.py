@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fedveil.config import (
     BUILT_IN_SIZES,
     COMPATIBILITY,
+    TRANSPORT,
     ConfigError,
     FedveilError,
     MechanismName,
@@ -26,6 +27,7 @@ from fedveil.config import (
     not_below,
     override,
     parse_setting,
+    small_not_below,
     validated,
 )
 
@@ -761,7 +763,9 @@ def test_each_cell_is_accepted_or_refused_as_the_table_says(
     mechanism: MechanismName, strategy: StrategyName, unit: UnitName
 ) -> None:
     raw = raw_config(
-        privacy={"mechanism": mechanism, "unit": unit}, aggregation={"strategy": strategy}
+        privacy={"mechanism": mechanism, "unit": unit},
+        aggregation={"strategy": strategy},
+        training={"local_steps": 2} if strategy == "fedprox" else {},
     )
     allowed = COMPATIBILITY[mechanism]
     if strategy in allowed.strategies and unit in allowed.units:
@@ -796,11 +800,39 @@ def test_where_sites_train_they_may_take_several_steps(strategy: StrategyName) -
 def test_an_option_of_another_strategy_is_refused(
     strategy: StrategyName, option: str, owner: str
 ) -> None:
-    raw = raw_config(privacy={"mechanism": "none"}, aggregation={"strategy": strategy, option: 0.5})
+    raw = raw_config(
+        privacy={"mechanism": "none"},
+        aggregation={"strategy": strategy, option: 0.5},
+        training={"local_steps": 2} if strategy == "fedprox" else {},
+    )
     if strategy == owner:
         assert getattr(validated(RunConfig, raw).resolved().aggregation, option) == 0.5
     else:
         assert refusal(raw).startswith(f"aggregation.{option}: goes with aggregation.strategy")
+
+
+def test_fedprox_with_one_step_would_be_fedavg() -> None:
+    raw = raw_config(privacy={"mechanism": "none"}, aggregation={"strategy": "fedprox"})
+    assert refusal(raw).startswith("training.local_steps = 1: the first step begins at the server")
+
+
+def test_where_a_run_runs_is_none_of_the_sites_business() -> None:
+    """So that it may go on elsewhere: its terms, and its price, stay what they are."""
+    here = validated(RunConfig, raw_config())
+    ray = {"engine": "ray", "ray_address": "10.0.0.1:1", "client_cpus": 2, "client_gpus": 0.5}
+    there = validated(RunConfig, raw_config(federation=ray))
+    assert here != there
+    assert here.shared() == there.shared()
+    assert set(TRANSPORT) == set(ray)
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [(1e-5, "1e-05"), (1.0476e-7, "1.1e-07"), (9.99e-6, "1e-05"), (2.5e-6, "2.5e-06"), (0, "0"),
+     (3.0000001e-6, "3.1e-06"), (0.012, "0.012")],
+)  # fmt: skip
+def test_nor_is_a_delta(bound: float, said: str) -> None:
+    assert small_not_below(bound) == said
 
 
 @pytest.mark.parametrize(

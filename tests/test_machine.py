@@ -192,3 +192,16 @@ def test_a_disk_that_lies_is_found_out(
     broken(monkeypatch)
     with pytest.raises((OSError, sqlite3.Error), match=told):
         machine.TRIALS[name](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared"), [("ext4", False), ("overlay", False), ("nfs4", True), ("lustre", True)]
+)
+def test_a_disk_that_other_machines_share(
+    kind: str, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that is yet to be made it is where that will be."""
+    lines = f"1 0 0:1 / / rw - ext4 /dev/a rw\n2 1 0:2 / {tmp_path} rw - {kind} server:/x rw"
+    monkeypatch.setattr(machine, "read", lambda _: lines)
+    assert machine.on_network(tmp_path / "yet" / "to be") is shared
+    assert machine.on_network(Path("/")) is False

@@ -511,6 +511,7 @@ BAD_ARRAYS = {
     "half the data": (blob(GOOD[:-4]), NONE),
     "more than the data": (blob(GOOD + b"x"), NONE),
     "a huge header": (blob((2**62).to_bytes(8, "little") + GOOD[8:]), NONE),
+    "a header beyond all use": (blob(header("{" + " " * 2**20 + "}")), NONE),
     "no JSON": (blob(header("{", RAW)), NONE),
     "a list": (blob(header("[]")), NONE),
     "float32 called float64": (blob(one("F64", "[1,2]", "[0,8]", RAW)), NONE),

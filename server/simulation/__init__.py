@@ -14,7 +14,7 @@ from ...config import RunConfig
 from ...data_prep.schema import Schema
 from ..rounds import Observer
 from .begun import Begun, begin
-from .sites import Shards, check_ledgers, forget_failed, simulated_site
+from .sites import Shards, check_ledgers, simulated_site
 
 Engine = Callable[[Begun, Mapping[int, Site], Observer], None]
 
@@ -33,7 +33,8 @@ def check(config: RunConfig) -> None:
     if config.federation.engine == "ray":
         from .ray import check_cluster
 
-        check_cluster(config.federation)
+        ledgers = Path(config.data.ledger) if config.data.ledger else None
+        check_cluster(config.federation, ledgers)
 
 
 def run(config: RunConfig, schema: Schema, shards: Shards, folder: Path, observe: Observer) -> None:
@@ -60,5 +61,4 @@ def run(config: RunConfig, schema: Schema, shards: Shards, folder: Path, observe
             stack.callback(sites[node].close)
         known = begun.point.ledgers if begun.point else {}
         check_ledgers(sites, begun.run_id, known, config, schema)
-        forget_failed(folder)
         engine(begun, sites, observe)

@@ -42,10 +42,11 @@ def run_apps(begun: Begun, app: ClientApp, nodes: list[int], observe: Observer) 
     """Runs the server over any sites' app."""
 
     def watch(folder: RunFolder) -> Observer:
+        refuse = refuse_failed(folder.path)
+
         def seen(event: Event) -> None:
             observe(event)
-            if event["event"] in {"round", "evaluated"}:
-                refuse_failed(folder.path)
+            refuse(event)
 
         return seen
 

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from ...client.site import Site
 from ...config import ConfigError, Federation
 from ...flower import start_simulation
-from ...machine import cores, memory_available
+from ...machine import cores, memory_available, on_network
 from ..rounds import Observer, RunError
 from ..store import Event, RunFolder
 from .begun import Begun
@@ -55,7 +55,7 @@ def run_ray(begun: Begun, sites: Mapping[int, Site], observe: Observer) -> None:
     store = RunFolder(begun.folder)
     _, seen = store.events_from(0)
     # Not where TMPDIR may say: the paths of Ray's sockets must be short.
-    with TemporaryDirectory(prefix="fedveil-", dir="/tmp") as home:
+    with TemporaryDirectory(prefix="fedveil-", dir="/tmp", ignore_cleanup_errors=True) as home:
         environment = _environment(Path(home), federation.ray_address)
         log = begun.folder / "sites" / "ray.log"
         logged = log.stat().st_size if log.exists() else 0
@@ -65,25 +65,25 @@ def run_ray(begun: Begun, sites: Mapping[int, Site], observe: Observer) -> None:
         ):
             key = secrets.token_hex(32)
             address = f"127.0.0.1:{_told(link, key)}"
-            start_simulation(
-                address,
-                key,
-                APPS,
-                begun.values,
-                len(sites),
-                federation.client_cpus,
-                federation.client_gpus,
-            )
+            shares = federation.client_cpus, federation.client_gpus
+            try:
+                start_simulation(address, key, APPS, begun.values, len(sites), *shares)
+            except OSError as error:
+                raise RunError(f"Ray: {error}; {log} says more") from None
             _tell(worker, f"{address} {key}")
             last = _follow(store, seen, worker, observe)
     _check_end(last, log, logged)
 
 
-def check_cluster(federation: Federation) -> None:
+def check_cluster(federation: Federation, ledgers: Path | None = None) -> None:
     """Refuses what Ray would wait for, or die of.
 
+    Args:
+        federation: What is asked for.
+        ledgers: Where durable ledgers are, if there are any.
+
     Raises:
-        ConfigError: Ray or what a client asks for is not there.
+        ConfigError: Ray or what a client asks for is not there, or several hosts may not share it.
     """
     if find_spec("ray") is None:
         raise ConfigError(
@@ -91,6 +91,11 @@ def check_cluster(federation: Federation) -> None:
             'engine = "local"'
         )
     if federation.ray_address is not None:
+        if ledgers is not None and on_network(ledgers):
+            raise ConfigError(
+                f"data.ledger = {ledgers}: is on a network disk, where several hosts cannot share "
+                "a durable ledger; put it on a local one, or leave federation.ray_address out"
+            )
         _check_address(federation.ray_address)
         return
     actors = cores() // federation.client_cpus
@@ -99,6 +104,9 @@ def check_cluster(federation: Federation) -> None:
             f"federation.client_cpus = {federation.client_cpus}: this machine has {cores()} cores; "
             "ask for fewer, or name a cluster in federation.ray_address"
         )
+    _check_gpus(federation.client_gpus)
+    if federation.client_gpus:
+        actors = min(actors, int(_gpus() / federation.client_gpus))
     needed, free = actors * ACTOR_BYTES, memory_available()
     if needed > free:
         raise ConfigError(
@@ -106,7 +114,6 @@ def check_cluster(federation: Federation) -> None:
             f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; raise it, "
             "so that fewer run at a time"
         )
-    _check_gpus(federation.client_gpus)
 
 
 def _check_address(address: str) -> None:
@@ -136,13 +143,17 @@ def _is_ray(address: str) -> bool:
     return done.returncode == 0
 
 
-def _check_gpus(share: float) -> None:
+def _gpus() -> int:
     import torch
 
-    if share and torch.cuda.device_count() < share:
+    return torch.cuda.device_count()
+
+
+def _check_gpus(share: float) -> None:
+    if share and _gpus() < share:
         raise ConfigError(
-            f"federation.client_gpus = {share:g}: this machine has {torch.cuda.device_count()} "
-            "GPUs; use 0, or name a cluster in federation.ray_address"
+            f"federation.client_gpus = {share:g}: this machine has {_gpus()} GPUs; use 0, or name "
+            "a cluster in federation.ray_address"
         )
 
 
@@ -232,6 +243,8 @@ def _check_end(last: Event, log: Path, start: int) -> None:
         return
     if last["event"] == "failed":
         cause: str = last["cause"]
+        if "Flower error" in cause:  # such as of an actor that the system has killed
+            raise RunError(f"{cause}: {_first_error(log, start)}; {log} says more")
         # What nobody foresaw has a type only for its cause.
         raise RunError(cause if " " in cause else f"{cause}; {log} says more")
     raise RunError(f"Ray: {_first_error(log, start)}; {log} says more")

@@ -17,8 +17,7 @@ from ...config import RunConfig
 from ...data_prep.schema import schema_from_json
 from ...flower import ClientApp, ConfigRecord, Context, Grid, Message, RecordDict
 from ..app import server_app
-from ..rounds import Observer, RunError
-from ..store import Event, RunFolder
+from ..rounds import RunError
 from .sites import Shards, keep_log, load_shards, refuse_failed, simulated_site
 
 _WHO = "query.site"
@@ -59,16 +58,6 @@ def roster(grid: Grid, config: RunConfig) -> Mapping[int, int]:
     return dict(sorted(found.items()))
 
 
-def watch(folder: RunFolder) -> Observer:
-    """Stops a simulation whose sites' records make them fail."""
-
-    def seen(event: Event) -> None:
-        if event["event"] in {"round", "evaluated"}:
-            refuse_failed(folder.path)
-
-    return seen
-
-
 def open_site(context: Context) -> Site:
     """The site that a context is of, opened once in a process."""
     values = {key: str(value) for key, value in context.run_config.items()}
@@ -80,8 +69,13 @@ def _site(folder: str, config: str, schema: str, number: int) -> Site:
     parsed, shards = RunConfig.model_validate_json(config), _shards(config, schema)
     raw, records = shards.parts[number - 1], shards.report.records
     torch.set_num_threads(max(1, parsed.federation.client_cpus))
-    keep_log(Path(folder) / "sites" / "site.log")
+    _log(folder)
     return simulated_site(number, raw, Path(folder), parsed, records)
+
+
+@cache
+def _log(folder: str) -> None:
+    keep_log(Path(folder) / "sites" / "site.log")
 
 
 @lru_cache(maxsize=1)
@@ -89,5 +83,5 @@ def _shards(config: str, schema: str) -> Shards:
     return load_shards(RunConfig.model_validate_json(config), schema_from_json(schema))
 
 
-server = server_app(watch, roster)
+server = server_app(lambda folder: refuse_failed(folder.path), roster)
 client = with_number(client_app(open_site))

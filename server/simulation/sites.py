@@ -18,13 +18,15 @@ from ...data_prep.clean import CleaningReport, refuse_unusable
 from ...data_prep.partition import share_out
 from ...data_prep.schema import Schema, schema_to_json
 from ...files import create_secret_file
+from ...machine import on_network
 from ...privacy.books import Head
-from ...privacy.ledger import Ledger
+from ...privacy.ledger import Journal, Ledger
 from ...privacy.limits import LedgerError, Lifetime, UnavailableError
 from ...privacy.noise import Coins
 from ...privacy.plan import plan
 from ...wire import NO_LEDGER
-from ..rounds import RunError
+from ..rounds import Observer, RunError
+from ..store import Event
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,14 @@ def simulated_site(
     try:
         for path in (own, home):
             path.mkdir(parents=True, exist_ok=True)
+        # The actors of several hosts may open one ledger in turn.
+        journal: Journal = "delete" if on_network(home) else "wal"
         # The ledger comes first: a key without one says that a ledger was lost. Another process may
         # make them at the same time, and either's will do.
         if not ledger_file.exists() and not key_file.exists():
             with suppress(FileExistsError):
-                Ledger.create(ledger_file, name, simulated=True)
-        ledger = Ledger.open(ledger_file)
+                Ledger.create(ledger_file, name, simulated=True, journal=journal)
+        ledger = Ledger.open(ledger_file, journal=journal)
         if not key_file.exists():
             if ledger.read().datasets:
                 raise UnavailableError(
@@ -158,27 +162,29 @@ def check_ledgers(
             raise type(error)(f"{site.name}: {error}") from None
 
 
-def refuse_failed(folder: Path) -> None:
-    """A federation must not be told of a site whose records make it fail; who simulates one must.
+def refuse_failed(folder: Path) -> Observer:
+    """Stops a simulation as long as a site's records make it fail.
 
-    Raises:
-        RunError: There is one.
+    A federation must not be told of that; who simulates one must be. The event, which a report
+    shows, says no more than that it was so.
     """
-    if failed := [marker.stem for marker in _failures(folder)]:
-        raise RunError(
-            f"{', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}: failed and took part "
-            f"without records; {folder / 'sites' / 'site.log'} says why"
-        )
+
+    def seen(event: Event) -> None:
+        if _is_time(event) and any((folder / "sites").glob("*.failed")):
+            raise RunError(
+                "a simulated site failed and took part without records; sites/*.failed in the run "
+                "folder names it, sites/site.log says why"
+            )
+
+    return seen
 
 
-def forget_failed(folder: Path) -> None:
-    """A run that goes on gives every site another chance."""
-    for marker in _failures(folder):
-        marker.unlink()
-
-
-def _failures(folder: Path) -> list[Path]:
-    return sorted((folder / "sites").glob("*.failed"))
+def _is_time(event: Event) -> bool:
+    """After the sites were asked; or when no round is left in which they could do better."""
+    if event["event"] == "resumed":
+        over: bool = event["round"] + len(event["lost"]) >= event["privacy"]["rounds"]
+        return over
+    return event["event"] in {"round", "evaluated"}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ others use too, loopback is no protection. So every request needs the key that t
 given, but for those that carry a task's own token.
 """
 
+import re
 import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -52,6 +53,8 @@ def main() -> None:
 
     end_with_parent()
     key = sys.stdin.readline().strip()
+    if re.fullmatch("[0-9a-f]{64}", key) is None:  # an empty one would open to everybody
+        sys.exit("key: must be 64 hexadecimal digits")
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()  # before its port is told: who connects early waits

@@ -654,3 +654,26 @@ class TestCheck:
                 books.debit(site, config, run_id=run_id, terms=terms, known=known)
             assert type(checked.value) is type(debited.value)
             assert str(checked.value) == str(debited.value)
+
+
+def test_not_even_a_mark_that_cannot_be_made_tells_of_a_failure(
+    tmp_path: Path, budget: Budget
+) -> None:
+    """An error of the disk would make the site look unlike the others."""
+    folder = tmp_path / "gone" / "site-001"
+    one = Site("site-001", lambda: None, KEY, budget, Coins.from_system(), folder)
+    one.fail()
+    one.succeed()
+    assert one.failed
+
+
+def test_a_mark_goes_when_the_site_has_taken_part_with_its_records(
+    tmp_path: Path, budget: Budget
+) -> None:
+    folder = tmp_path / "site-001"
+    one = Site("site-001", lambda: None, KEY, budget, Coins.from_system(), folder)
+    one.fail()
+    assert (tmp_path / "site-001.failed").exists()
+    one.succeed()
+    assert not (tmp_path / "site-001.failed").exists()
+    assert one.failures == 1

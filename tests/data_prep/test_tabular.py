@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedveil.config import Clean
 from fedveil.data_prep import Encoded, modality
 from fedveil.data_prep.clean import DataError, refuse_unusable
+from fedveil.data_prep.draft import draft_schema
 from fedveil.data_prep.schema import ImageSchema, TableSchema, load_schema, parse_schema
 from fedveil.data_prep.tabular import (
     breast_cancer_schema,
@@ -135,8 +136,8 @@ def test_a_missing_key_of_a_person_is_named(write_file: WriteFile) -> None:
 def test_at_most_eight_found_columns_are_shown_in_plain_ascii(write_file: WriteFile) -> None:
     names = ["größe", "\x1b[31mred", "a'b", "\u2028", *"defghij"]
     line = refusal(write_file("x.csv", ",".join(names) + "\n"), SCHEMA)
-    # The line separator is a blank around nothing: it is trimmed away.
-    shown = [*names[:3], "", *names[4:8]]
+    # The line separator is a blank around nothing: what is left has no name.
+    shown = [*names[:3], " " * 4, *names[4:8]]
     assert line == f'column "age" is missing; the file has {", ".join(map(ascii, shown))}'
     assert line.isascii()
     assert line.isprintable()
@@ -690,3 +691,21 @@ def test_one_value_that_is_no_text_is_one_value_missing(tmp_path: Path) -> None:
         {"column": [{"name": "sex", "kind": "categorical", "categories": ["f", "m"]}]}, "test"
     )
     assert read(str(path), schema)["sex"].to_list() == ["f", "\ufffd\ufffd", "m"]
+
+
+@pytest.mark.parametrize("commas", [1, 2, 5])
+def test_columns_without_a_name_are_left_alone(commas: int, tmp_path: Path) -> None:
+    """A spreadsheet leaves commas at the ends of lines; no schema can name what has no name."""
+    end = "," * commas
+    file = tmp_path / "x.csv"
+    file.write_text(f"age,sex{end}\n44,f{end}\n45,m{end}\n", encoding="utf-8")
+    columns = [
+        {"name": "age", "kind": "integer", "bounds": [0, 90]},
+        {"name": "sex", "kind": "categorical", "categories": ["f", "m"]},
+    ]
+    schema = parse_schema({"column": columns}, "test")
+    assert read(str(file), schema).rows() == [("44", "f"), ("45", "m")]
+    drafted = draft_schema(str(file))
+    assert isinstance(drafted.schema, TableSchema)
+    assert "age" in [c.name for c in drafted.schema.columns] or "age" in drafted.left_out
+    assert "" in drafted.left_out

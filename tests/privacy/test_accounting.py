@@ -626,6 +626,7 @@ class TestLeast:
         """(4 / noise)^power is 1 at noise 4."""
         price, asked = self.counted(lambda noise: (4 / noise) ** power)
         found = accounting._least(price, 1.0, start, 1e-3)
+        assert found is not None
         assert 4 <= found <= 4 * 1.001
         assert found in asked  # what is returned has been priced
         assert len(asked) <= 30
@@ -640,19 +641,36 @@ class TestLeast:
         """A price that jumps from 3 to 0.5 at noise 5 and is flat elsewhere."""
         price, asked = self.counted(lambda noise: 0.5 if noise >= 5 else 3.0)
         found = accounting._least(price, 1.0, start, 1e-3)
+        assert found is not None
         assert 5 <= found <= 5 * 1.001
         assert len(asked) <= 60
 
     def test_a_price_of_zero(self) -> None:
         price, _ = self.counted(lambda noise: 0.0 if noise >= 2 else 9.0)
-        assert 2 <= accounting._least(price, 1.0, 100.0, 1e-3) <= 2 * 1.001
+        found = accounting._least(price, 1.0, 1.5, 1e-3)
+        assert found is not None
+        assert 2 <= found <= 3  # the first guess above it
+
+    def test_a_price_that_is_beyond_all_bounds(self) -> None:
+        price, asked = self.counted(lambda noise: math.inf if noise < 3 else 0.9)
+        found = accounting._least(price, 1.0, 1.0, 1e-3)
+        assert found is not None
+        assert 3 <= found <= 3 * 1.001
+        assert len(asked) <= 60
+
+    def test_what_costs_nothing_is_not_made_cheaper(self) -> None:
+        """Less noise is slower to price, and would buy nothing."""
+        price, asked = self.counted(lambda _: 0.0)
+        assert accounting._least(price, 1.0, 4.0, 1e-3) == 4.0
+        assert asked == [4.0]
 
     def test_no_noise_is_enough(self) -> None:
-        with pytest.raises(OverflowError):
-            accounting._least(lambda _: 2.0, 1.0, 1.0, 1e-3)
+        assert accounting._least(lambda _: 2.0, 1.0, 1.0, 1e-3) is None
 
     def test_hardly_any_noise_is_needed(self) -> None:
-        assert accounting._least(lambda _: 0.5, 1.0, 1.0, 1e-3) < 0.02
+        found = accounting._least(lambda _: 0.5, 1.0, 1.0, 1e-3)
+        assert found is not None
+        assert found < 0.02
 
     @pytest.mark.parametrize(
         ("epsilon", "delta", "multiplier"),
@@ -665,3 +683,18 @@ class TestLeast:
         assert accounting._guess(1.0, 1, epsilon, delta) == pytest.approx(multiplier, rel=1e-5)
         four = accounting._guess(1.0, 4, epsilon, delta)
         assert four == pytest.approx(2 * multiplier, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rate", "count", "epsilon", "delta"),
+    [(0.1, 100, 3.0, 1e-15), (1.0, 5, 3.0, 1e-15), (1.0, 5, 3.0, 1e-16), (1e-160, 1, 3.0, 1e-5),
+     (1e-6, 1, 3.0, 1e-5)],
+)  # fmt: skip
+def test_at_the_edge_a_price_is_found_or_refused(
+    rate: float, count: int, epsilon: float, delta: float
+) -> None:
+    try:
+        found = calibrate(rate, count, epsilon, delta)
+    except AccountingError:
+        return
+    assert pld_epsilon(found, delta) <= epsilon

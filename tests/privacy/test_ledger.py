@@ -209,6 +209,20 @@ class TestLife:
             assert ask("PRAGMA journal_mode").fetchone() == ("wal",)
             assert ask("PRAGMA synchronous").fetchone() == (2,)
 
+    def test_so_it_does_where_hosts_share_a_network_disk(self, tmp_path: Path) -> None:
+        """A rollback journal's removal is synced by EXTRA; no memory is shared between hosts."""
+        path = tmp_path / "shared.sqlite"
+        Ledger.create(path, "site-001", simulated=True, journal="delete")
+        with closing(Ledger.open(path, journal="delete")) as ledger:
+            ask = ledger._connection.execute
+            assert ask("PRAGMA journal_mode").fetchone() == ("delete",)
+            assert ask("PRAGMA synchronous").fetchone() == (3,)
+            ledger.reserve(asked(), FREE)
+            assert [f.name for f in tmp_path.iterdir()] == [path.name]
+            with closing(Ledger.open(path, journal="delete")) as other:
+                assert other.read() == ledger.read()
+        assert verify(path).books.head.number == 2
+
     def test_a_ledger_whose_journal_was_changed_is_changed_back_or_refused(
         self, used: Path
     ) -> None:

@@ -33,7 +33,11 @@ def configured(make_config: MakeConfig) -> Callable[..., RunConfig]:
         return make_config(
             privacy={"mechanism": "none"},
             aggregation={"strategy": strategy},
-            training={"learning_rate": rate, "ema": ema},
+            training={
+                "learning_rate": rate,
+                "ema": ema,
+                "local_steps": 2 if strategy == "fedprox" else 1,
+            },
         )
 
     return make

@@ -89,6 +89,22 @@ class TestWhatIsAskedOfRay:
         with pytest.raises(ConfigError, match=rf"client_gpus = {share:g}: .* {count} GPUs; use 0"):
             ray.check_cluster(Federation(engine="ray", client_gpus=share))
 
+    def test_gpus_bound_the_actors_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One GPU for one client at a time: one actor, whatever the cores."""
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+        monkeypatch.setattr(ray, "memory_available", lambda: ray.ACTOR_BYTES)
+        ray.check_cluster(Federation(engine="ray", client_gpus=1.0))
+
+    def test_a_durable_ledger_is_not_shared_over_a_network(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(ray, "on_network", lambda _: True)
+        federation = Federation(engine="ray", ray_address="127.0.0.1:1")
+        with pytest.raises(ConfigError, match=r"data\.ledger = .* is on a network disk, where"):
+            ray.check_cluster(federation, tmp_path)
+        with pytest.raises(ConfigError, match="no Ray answers"):
+            ray.check_cluster(federation, None)
+
     def test_a_share_of_one_that_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
         ray.check_cluster(Federation(engine="ray", client_gpus=0.25))
@@ -118,6 +134,13 @@ class TestTheEnvironment:
         found = ray._environment(tmp_path, "10.0.0.2:6379")
         assert found["RAY_ADDRESS"] == "10.0.0.2:6379"
         assert "RAY_AUTH_TOKEN" not in found
+
+    def test_a_proxy_sees_nothing_that_goes_between_our_processes(self, tmp_path: Path) -> None:
+        found = ray._environment(tmp_path, None)
+        for name in ("NO_PROXY", "no_proxy"):
+            hosts = found[name].split(",")
+            assert {"127.0.0.1", "localhost"} <= set(hosts)
+            assert "" not in hosts  # which would stand for every host
 
     def test_nothing_is_told_to_the_outside(self, tmp_path: Path) -> None:
         found = ray._environment(tmp_path, None)
@@ -195,6 +218,47 @@ def asked(port: int, path: str, key: str | None) -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+@pytest.mark.parametrize("key", ["", "a1", "A1" * 32, "g1" * 32])
+def test_a_superlink_without_a_key_does_not_start(key: str, tmp_path: Path) -> None:
+    environment = ray._environment(tmp_path, None)
+    with (
+        ray._child("superlink", environment, tmp_path / "log") as link,
+        pytest.raises(RunError, match="does not start"),
+    ):
+        ray._told(link, key)
+    assert link.returncode != 0
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_a_proxy_is_not_asked(name: str, tmp_path: Path) -> None:
+    """What starts a run goes straight to loopback, whatever proxy is set."""
+    code = (
+        "import sys; from fedveil.flower import start_simulation;"
+        "start_simulation(sys.argv[1], 'k', ('a:b', 'c:d'), {}, 1, 1, 0.0)"
+    )
+    with socket.socket() as proxy, socket.socket() as link:
+        for listening in (proxy, link):
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            listening.settimeout(60)
+        proxied = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        started = subprocess.Popen(
+            [sys.executable, "-c", code, f"127.0.0.1:{link.getsockname()[1]}"],
+            env={**os.environ, name: proxied}, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        connection, _ = link.accept()
+        request = connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        connection.close()
+        _, said = started.communicate(timeout=60)
+        proxy.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+    assert request.startswith(b"POST /v1/control/start-run")
+    assert b"x-fedveil-key: k" in request
+    assert "OSError: Flower's SuperLink does not take the run" in said
 
 
 def test_flowers_own_superlink_asks_for_the_key_or_a_token(tmp_path: Path) -> None:
@@ -435,7 +499,10 @@ def test_records_that_make_a_site_fail_are_told_to_who_simulates(
     """In a federation nobody learns of it; the simulation stops and says where to look."""
     monkeypatch.setattr(ray, "APPS", (ray.APPS[0], "failing_sites:client"))
     config = make_config(federation={"engine": "ray"}, privacy={"mechanism": "none"})
-    with pytest.raises(FedveilError, match=r"site-002: failed and took part without records"):
+    with pytest.raises(FedveilError, match=r"a simulated site failed and took part without"):
         fedveil.simulate(config, out=marked / "run")
+    assert [path.name for path in (marked / "run" / "sites").glob("*.failed")] == [
+        "site-002.failed"
+    ]
     assert "no such records" in (marked / "run" / "sites" / "site.log").read_text(encoding="utf-8")
     assert "no such records" not in (marked / "run" / "events.jsonl").read_text(encoding="utf-8")

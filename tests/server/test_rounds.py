@@ -452,7 +452,7 @@ class TestTrain:
         ]
         assert [dropped_in(event) for event in told(observed, "round")] == [[], [2]]
 
-    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "fedprox"])
     def test_sums_are_float64_and_models_float32(
         self, make_config: MakeConfig, folder: RunFolder, strategy: str
     ) -> None:
@@ -480,7 +480,7 @@ class TestTrain:
         # The model itself travels as float32, whatever comes back.
         assert {a.dtype.name for _, task in grid.tasks for a in task.arrays.values()} == {"float32"}
 
-    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "fedprox"])
     def test_only_the_trainable_parameters_are_expected(
         self,
         make_config: MakeConfig,
