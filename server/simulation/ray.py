@@ -65,6 +65,7 @@ def run_ray(begun: Begun, sites: Mapping[int, Site], observe: Observer) -> None:
         ):
             key = secrets.token_hex(32)
             address = f"127.0.0.1:{_told(link, key)}"
+            _tell(link, str(worker.pid))  # the group that it is to bury
             shares = federation.client_cpus, federation.client_gpus
             try:
                 start_simulation(address, key, APPS, begun.values, len(sites), *shares)

@@ -5,15 +5,18 @@ others use too, loopback is no protection. So every request needs the key that t
 given, but for those that carry a task's own token.
 """
 
+import os
 import re
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from hmac import compare_digest
 from typing import Any
 
 from ...flower import KEY_HEADER, superlink_app
-from .parent import end_with_parent
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -48,13 +51,13 @@ def _may_pass(scope: Scope, key: str) -> bool:
 
 
 def main() -> None:
-    """Serves until the parent is gone; reads the key from stdin and prints the port."""
+    """Serves until the parent is gone: reads the key from stdin, prints the port, reads a group."""
     import uvicorn
 
-    end_with_parent()
     key = sys.stdin.readline().strip()
     if re.fullmatch("[0-9a-f]{64}", key) is None:  # an empty one would open to everybody
         sys.exit("key: must be 64 hexadecimal digits")
+    threading.Thread(target=_bury, daemon=True).start()
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()  # before its port is told: who connects early waits
@@ -63,6 +66,19 @@ def main() -> None:
     sys.stdout.flush()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     server.run(sockets=[listening])
+
+
+def _bury() -> None:
+    """Kills the process group that stdin names when the parent is gone, and ends.
+
+    The kernel kills the parent's own children; of Ray's some would look for it for minutes.
+    """
+    group = sys.stdin.readline().strip()
+    sys.stdin.readline()  # nothing more is said: it ends with the parent, however that ends
+    if group.isdigit():
+        with suppress(ProcessLookupError):
+            os.killpg(int(group), signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":
