@@ -201,7 +201,7 @@ class TestTheCommand:
         ("arguments", "code", "said"),
         [
             (["."], 1, "holds no readable events.jsonl; is it a run folder?"),
-            (["gone"], 1, "gone: holds no readable events.jsonl; is it a run folder?"),
+            (["gone"], 2, "gone: is no folder; check the path"),
             (["run", "-o", "x.csv"], 2, "--out x.csv: a report is HTML; end it in .html"),
             (["run", "-o", "no/x.html"], 2, "cannot be written (No such file or directory)"),
         ],
