@@ -541,12 +541,19 @@ class TestSimulate:
 
 
 class TestSample:
-    @pytest.mark.parametrize("folder", ["gone", "empty", "file"])
-    def test_no_run(self, call: Call, tmp_path: Path, folder: str) -> None:
+    @pytest.mark.parametrize(
+        ("folder", "said", "code"),
+        [
+            ("gone", "gone: is no folder; check the path", 2),
+            ("file", "file: is no folder; check the path", 2),
+            ("empty", "empty: holds no readable metrics.json", 1),
+        ],
+    )
+    def test_no_run(self, call: Call, tmp_path: Path, folder: str, said: str, code: int) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").write_text("mine", encoding="utf-8")
         result = call("sample", folder, "-o", "a.png")
-        assert_refused(result, "metrics.json", codes=(1, 2))
+        assert_refused(result, said, codes=(code,))
         assert not (tmp_path / "a.png").exists()
 
     @pytest.mark.parametrize(
