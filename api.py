@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compare import check_run
 from .config import TRANSPORT, ConfigError, FedveilError, RunConfig, load_config, override
 from .data_prep import run_schema
 from .data_prep.schema import Schema
@@ -135,8 +136,10 @@ def load(path: Path | str) -> "Run":
     """Opens a finished run.
 
     Raises:
-        FedveilError: The folder holds none.
+        ConfigError: The folder holds none.
+        FedveilError: It is unfinished or damaged.
     """
+    check_run(Path(path))
     run = Run(Path(path))
     if missing := [key for key in ("run_id", "family", "privacy") if key not in run.metrics]:
         raise FedveilError(f"{run.path}: metrics.json: {missing[0]}: missing")

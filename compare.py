@@ -164,10 +164,7 @@ def read_run(path: Path) -> Facts:
         ConfigError: It holds no run.
         FedveilError: It is damaged.
     """
-    if path.is_file():
-        raise ConfigError(f"{path}: is a file; give the folder of a run")
-    if not is_run(path):
-        raise ConfigError(f"{path}: holds no run; check the path")
+    check_run(path)
     try:
         config = dict(_flat(read_toml(path / "config.toml")))
     except ConfigError as error:
@@ -192,6 +189,18 @@ def _begun(path: Path, noted: object) -> datetime:
 def is_run(path: Path) -> bool:
     """Whether a folder holds a run, whole or not."""
     return any((path / name).is_file() for name in ("config.toml", "events.jsonl", "metrics.json"))
+
+
+def check_run(path: Path) -> None:
+    """Refuses a path that is no run's: a wrong call, not a run that failed.
+
+    Raises:
+        ConfigError: It holds no run.
+    """
+    if path.is_file():
+        raise ConfigError(f"{path}: is a file; give the folder of a run")
+    if not is_run(path):
+        raise ConfigError(f"{path}: holds no run; check the path")
 
 
 def plain(facts: Facts) -> dict[str, Any]:

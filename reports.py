@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .compare import check_run
 from .config import ConfigError, FedveilError, read_toml
 from .files import replace_file
 from .server.report import GENERATOR, Sources, render
@@ -21,8 +22,9 @@ def write_report(run: "Run", out: Path | None = None) -> Path:
     """Writes the report of a run, finished or not, whole or not at all.
 
     Raises:
-        ConfigError: `out` is no name for a report, is another file, or cannot be written.
-        FedveilError: The folder holds no run, or damaged files.
+        ConfigError: `out` is no name for a report, is another file, or cannot be written; or the
+            folder holds no run.
+        FedveilError: It holds damaged files.
     """
     path = run.path / "report.html" if out is None else out
     if path.suffix.lower() not in {".html", ".htm"}:
@@ -46,8 +48,10 @@ def read_sources(run: "Run") -> Sources:
     """What a report is made of: accounted and public files only, nothing of a site's own.
 
     Raises:
+        ConfigError: The folder holds no run.
         FedveilError: There are no events, or a file that is there is damaged.
     """
+    check_run(run.path)
     path, folder = run.path, RunFolder(run.path)
     events = tuple(folder.events())
     if not events:

@@ -117,7 +117,8 @@ class Run:
             Where it is.
 
         Raises:
-            FedveilError: The folder holds no run, or damaged files; or it cannot be written.
+            ConfigError: The folder holds no run, or the report cannot be written.
+            FedveilError: It holds damaged files.
         """
         from .reports import write_report
 

@@ -153,19 +153,12 @@ class RunFolder:
         """Writes a JSON object."""
         self.write(name, (json.dumps(values, indent=2) + "\n").encode())
 
-    def _check_path(self) -> None:
-        """A path that was mistyped is a wrong call, not a run that failed."""
-        if not self.path.is_dir():
-            raise ConfigError(f"{self.path}: is no folder; check the path")
-
     def read_json(self, name: str) -> dict[str, Any]:
         """Reads a JSON object.
 
         Raises:
-            ConfigError: There is no such folder.
             FedveilError: It is missing or damaged.
         """
-        self._check_path()
         try:
             values = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -203,7 +196,6 @@ class RunFolder:
 
     def events(self) -> Iterator[Event]:
         """The lines of `events.jsonl`; a last one that a crash tore is left out."""
-        self._check_path()
         try:
             lines = (self.path / "events.jsonl").read_bytes().split(b"\n")[:-1]
         except OSError:

@@ -459,7 +459,7 @@ class TestEvaluate:
     def test_no_run(self, call: Call, tmp_path: Path, mine: Path) -> None:
         result = call("evaluate", tmp_path / "gone", "--data", mine)
         assert (result.code, result.out) == (2, "")
-        assert "gone: is no folder; check the path" in result.err
+        assert "gone: holds no run; check the path" in result.err
 
     def test_no_data(self, call: Call, finished_run: fedveil.Run) -> None:
         assert call("evaluate", finished_run.path).code == 2

@@ -123,10 +123,16 @@ class TestWhatIsRead:
             fedveil.Run(copied.path).report()
         assert (copied.path / "report.html").read_bytes() == before
 
+    def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="holds no run; check the path"):
+            fedveil.Run(tmp_path).report()
+        assert not any(tmp_path.iterdir())
+
     @pytest.mark.parametrize("content", [None, "", '{"event": "run"'])
-    def test_a_folder_without_events_is_none_of_ours(
-        self, tmp_path: Path, content: str | None
+    def test_a_run_without_events(
+        self, copied: fedveil.Run, tmp_path: Path, content: str | None
     ) -> None:
+        (tmp_path / "config.toml").write_bytes((copied.path / "config.toml").read_bytes())
         if content is not None:
             (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
         with pytest.raises(FedveilError) as error:
@@ -200,8 +206,8 @@ class TestTheCommand:
     @pytest.mark.parametrize(
         ("arguments", "code", "said"),
         [
-            (["."], 1, "holds no readable events.jsonl; is it a run folder?"),
-            (["gone"], 2, "gone: is no folder; check the path"),
+            (["."], 2, "holds no run; check the path"),
+            (["gone"], 2, "gone: holds no run; check the path"),
             (["run", "-o", "x.csv"], 2, "--out x.csv: a report is HTML; end it in .html"),
             (["run", "-o", "no/x.html"], 2, "cannot be written (No such file or directory)"),
         ],

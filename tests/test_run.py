@@ -703,7 +703,7 @@ class TestSample:
 
 class TestLoad:
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"gone: is no folder; check the path"):
+        with pytest.raises(ConfigError, match=r"gone: holds no run; check the path"):
             fedveil.load(tmp_path / "gone")
 
     def test_an_unfinished_run(self, finished_run: fedveil.Run, tmp_path: Path) -> None:
