@@ -39,10 +39,11 @@ def schema(
     as_json: Json = False,
 ) -> None:
     """Draft a schema for you to confirm; runs refuse it until you have."""
+    from ..data_prep.cleaned import refuse_old
     from ..data_prep.draft import draft_schema, open_marks
 
     if out is not None:
-        _refuse_old(out)
+        refuse_old(out)
     with _data_named():
         draft = draft_schema(data, label)
     if out is not None:
@@ -152,15 +153,6 @@ def _data_named() -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(str(error).replace("data.source = ", "")) from None
-
-
-def _refuse_old(out: Path) -> None:
-    from ..config import ConfigError
-
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"--out {out}: is there already; choose another name")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: its folder is not there; make it first")
 
 
 def _write_new(out: Path, text: str) -> None:

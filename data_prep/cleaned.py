@@ -33,7 +33,9 @@ def write_cleaned(source: str, schema: Schema, rules: Clean, out: Path) -> Clean
     report_file = out.with_name(f"{out.name}.cleaning.json")
     writer = _writer(schema, out)
     for path in (out, report_file):
-        _refuse_old(path, source)
+        if path.resolve() == Path(source).resolve():
+            raise ConfigError(f"--out {path}: is the data itself; choose another name")
+        refuse_old(path)
     kind = modality(schema)
     report: CleaningReport
     cleaned, report = kind.clean(kind.read(source, schema), schema, rules)
@@ -61,9 +63,12 @@ def _writer(schema: Schema, out: Path) -> Callable[[Any, Any], bytes]:
     return writer
 
 
-def _refuse_old(path: Path, source: str) -> None:
-    if path.resolve() == Path(source).resolve():
-        raise ConfigError(f"--out {path}: is the data itself; choose another name")
+def refuse_old(path: Path) -> None:
+    """Refuses a path where no new file can be.
+
+    Raises:
+        ConfigError: Something is there already, or its folder is not.
+    """
     if path.exists() or path.is_symlink():
         raise ConfigError(f"--out {path}: is there already; choose another name")
     if not path.parent.is_dir():
