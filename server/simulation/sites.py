@@ -94,26 +94,11 @@ def simulated_site(
     """
     name = f"site-{node:03d}"
     home = Path(config.data.ledger) if config.data.ledger else folder / "ledger"
-    own, ledger_file = folder / "sites" / name, home / f"{name}.sqlite"
-    key_file = home / f"{name}.SIMULATED-split.key"
+    own = folder / "sites" / name
     try:
         for path in (own, home):
             path.mkdir(parents=True, exist_ok=True)
-        # The actors of several hosts may open one ledger in turn.
-        journal: Journal = "delete" if on_network(home) else "wal"
-        # The ledger comes first: a key without one says that a ledger was lost. Another process may
-        # make them at the same time, and either's will do.
-        if not ledger_file.exists() and not key_file.exists():
-            with suppress(FileExistsError):
-                Ledger.create(ledger_file, name, simulated=True, journal=journal)
-        ledger = Ledger.open(ledger_file, journal=journal)
-        if not key_file.exists():
-            if ledger.read().datasets:
-                raise UnavailableError(
-                    f"{key_file}: is missing; put it back, or records would change their sides"
-                )
-            with suppress(FileExistsError):
-                create_secret_file(key_file, f"{secrets.token_hex(32)}\n".encode())
+        ledger, split_key = _ledger_and_key(home, name)
     except OSError as error:
         raise UnavailableError(f"{home}: {error.strerror}; check the path and the disk") from None
     data, (epsilon, delta) = config.data, config.lifetime
@@ -127,7 +112,30 @@ def simulated_site(
             f"{records} records"
         },
     )
-    return Site(name, lambda: raw, _read_key(key_file), budget, Coins.from_system(), own)
+    return Site(name, lambda: raw, split_key, budget, Coins.from_system(), own)
+
+
+def _ledger_and_key(home: Path, name: str) -> tuple[Ledger, bytes]:
+    """A simulated site's ledger and split key; they belong together.
+
+    Another process may make them at the same time, and either's will do.
+    """
+    ledger_file, key_file = home / f"{name}.sqlite", home / f"{name}.SIMULATED-split.key"
+    # The actors of several hosts may open one ledger in turn.
+    journal: Journal = "delete" if on_network(home) else "wal"
+    # The ledger comes first: a key without one says that a ledger was lost.
+    if not ledger_file.exists() and not key_file.exists():
+        with suppress(FileExistsError):
+            Ledger.create(ledger_file, name, simulated=True, journal=journal)
+    ledger = Ledger.open(ledger_file, journal=journal)
+    if not key_file.exists():
+        if ledger.read().datasets:
+            raise UnavailableError(
+                f"{key_file}: is missing; put it back, or records would change their sides"
+            )
+        with suppress(FileExistsError):
+            create_secret_file(key_file, f"{secrets.token_hex(32)}\n".encode())
+    return ledger, _read_key(key_file)
 
 
 def _read_key(path: Path) -> bytes:
