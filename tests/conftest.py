@@ -1,14 +1,16 @@
 """What all tests share: small configurations, fixed coins, a finished run."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import settings
 
 import fedveil
+from fedveil import cli
 from fedveil.config import RunConfig
 from fedveil.privacy.noise import Coins
 
@@ -18,6 +20,14 @@ settings.register_profile("ci", settings.get_profile("fedveil"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "fedveil")
 
 MakeConfig = Callable[..., RunConfig]
+
+
+class Result(NamedTuple):
+    """How a command ended."""
+
+    code: object
+    out: str
+    err: str
 
 
 def make_config(**sections: dict[str, Any]) -> RunConfig:
@@ -36,6 +46,25 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
 @pytest.fixture(name="make_config")
 def _make_config() -> MakeConfig:
     return make_config
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Result]:
+    """Calls the console script's function in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fedveil", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

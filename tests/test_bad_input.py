@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 import fedveil
-from fedveil import cli
 from fedveil.privacy import accounting
 from fedveil.privacy import plan as plan_module
 
@@ -335,26 +335,7 @@ def lay(folder: Path, files: Files) -> None:
         (folder / name).write_bytes(data)
 
 
-Call = Callable[..., tuple[object, str, str]]
-
-
-@pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Call:
-    """Calls the console script's function in the test's own folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedveil", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
+Call = Callable[..., Any]
 
 
 def assert_refused(

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,7 +13,6 @@ import pytest
 
 import fedveil
 from fedveil import api as api_module
-from fedveil import cli
 from fedveil.config import FedveilError
 from fedveil.data_prep import modality
 from fedveil.data_prep.tabular import breast_cancer_schema
@@ -35,34 +34,7 @@ mechanism = "none"
 """
 
 
-class Result(NamedTuple):
-    """How a call ended."""
-
-    code: object
-    out: str
-    err: str
-
-
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Call:
-    """Calls the console script's function in a folder of the test's own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedveil", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
+Call = Callable[..., Any]
 
 
 @pytest.fixture
@@ -73,12 +45,11 @@ def tiny(tmp_path: Path) -> Path:
     return file
 
 
-def process(*arguments: object, cwd: Path) -> Result:
+def process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A process of its own."""
-    done = subprocess.run(
+    return subprocess.run(
         [*map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
     )
-    return Result(done.returncode, done.stdout, done.stderr)
 
 
 def fields(text: str) -> dict[str, str]:
@@ -97,13 +68,13 @@ class TestStart:
     def test_help(self, how: str, tmp_path: Path) -> None:
         command = [script()] if how == "script" else [sys.executable, "-m", "fedveil"]
         result = process(*command, "--help", cwd=tmp_path)
-        assert result.code == 0
-        assert result.err == ""
+        assert result.returncode == 0
+        assert result.stderr == ""
         for word in (
             "simulate", "sample", "evaluate", "init", "report", "ledger", "--version", "--debug",
         ):  # fmt: skip
-            assert word in result.out
-        assert "Usage: fedveil" in result.out
+            assert word in result.stdout
+        assert "Usage: fedveil" in result.stdout
 
     def test_version(self, call: Call) -> None:
         assert call("--version") == (0, f"fedveil {fedveil.__version__}\n", "")
@@ -111,7 +82,7 @@ class TestStart:
     @pytest.mark.parametrize("module", ["fedveil", "fedveil.cli", "fedveil.config"])
     def test_nothing_heavy_is_imported(self, module: str, tmp_path: Path) -> None:
         code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
-        assert process(sys.executable, "-c", code, cwd=tmp_path).out == "[]\n"
+        assert process(sys.executable, "-c", code, cwd=tmp_path).stdout == "[]\n"
 
     def test_nor_by_a_dry_error(self, tmp_path: Path) -> None:
         """A wrong configuration is told at once."""
@@ -121,7 +92,7 @@ class TestStart:
             "try:\n    main()\nexcept SystemExit:\n    pass\n"
             f"print([m for m in {HEAVY!r} if m in sys.modules])"
         )
-        assert process(sys.executable, "-c", code, cwd=tmp_path).out == "[]\n"
+        assert process(sys.executable, "-c", code, cwd=tmp_path).stdout == "[]\n"
 
     def test_no_command_is_a_wrong_call(self, call: Call) -> None:
         assert call().code == 2
@@ -141,10 +112,10 @@ class TestSimulate:
     def test_json_is_all_of_stdout(self, tiny: Path, tmp_path: Path) -> None:
         """In a process, so that nothing can slip past."""
         result = process(script(), "simulate", tiny, "--json", "--out", "run", cwd=tmp_path)
-        assert result.code == 0, result.err
-        assert len(result.out.splitlines()) == 1
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout.splitlines()) == 1
         metrics = fedveil.load(tmp_path / "run").metrics
-        assert json.loads(result.out) == {**metrics, "folder": "run"}
+        assert json.loads(result.stdout) == {**metrics, "folder": "run"}
 
     def test_a_summary(self, call: Call, tiny: Path, tmp_path: Path) -> None:
         result = call("simulate", tiny, "--out", "run")
@@ -534,18 +505,18 @@ class TestInit:
 class TestErrors:
     def test_one_line_and_no_traceback(self, tmp_path: Path) -> None:
         result = process(script(), "simulate", "gone.toml", cwd=tmp_path)
-        assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("error: gone.toml: cannot be read")
-        assert len(result.err.splitlines()) == 1
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("error: gone.toml: cannot be read")
+        assert len(result.stderr.splitlines()) == 1
 
     @pytest.mark.parametrize("place", [0, 1, 2])
     def test_debug_shows_a_traceback(self, tmp_path: Path, place: int) -> None:
         arguments = ["simulate", "gone.toml"]
         arguments.insert(place, "--debug")
         result = process(sys.executable, "-m", "fedveil", *arguments, cwd=tmp_path)
-        assert result.code == 2
-        assert "Traceback" in result.err
-        assert "gone.toml: cannot be read" in result.err
+        assert result.returncode == 2
+        assert "Traceback" in result.stderr
+        assert "gone.toml: cannot be read" in result.stderr
 
     def test_a_failed_run_is_exit_code_1(
         self, call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,15 +2,14 @@
 
 import json
 import stat
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fedveil import cli
 from fedveil.config import ConfigError, load_config
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.schema import load_schema, marks
@@ -42,42 +41,22 @@ out_of_bounds = "drop"
 IMAGES = 'modality = "image"\nheight = 8\nwidth = 8\n'
 
 
-class Result(NamedTuple):
-    """How a call ended."""
-
-    code: object
-    out: str
-    err: str
+Call = Callable[..., Any]
 
 
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Call:
-    """Calls the console script's function in a folder that holds data and their schema."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(name="call")
+def _call(call: Call) -> Call:
+    """Calls `fedveil data` in a folder that holds data and their schema."""
     for name, text in (("x.csv", PEOPLE), ("s.toml", SCHEMA), ("run.toml", RUN)):
         Path(name).write_text(text, encoding="utf-8")
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedveil", "data", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
+    return partial(call, "data")
 
 
-def refused(result: Result) -> str:
+def refused(result: tuple[object, str, str]) -> str:
     """The one line of a wrong call; nothing is on stdout."""
-    assert (result.code, result.out) == (2, "")
-    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    found_code, out, err = result
+    assert (found_code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     return line.removeprefix("error: ")
 
 

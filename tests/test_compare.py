@@ -4,16 +4,14 @@ import copy
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tomli_w
 
 import fedveil
-from fedveil import cli
 from fedveil.compare import compare, read_run
 from fedveil.config import ConfigError, FedveilError
 
@@ -38,32 +36,14 @@ SCHEMA = {"modality": "table", "columns": ["age"]}
 Make = Callable[..., Path]
 
 
-class Result(NamedTuple):
-    """How a call ended."""
-
-    code: object
-    out: str
-    err: str
+Call = Callable[..., Any]
 
 
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Calls the console script's function, on a terminal of 80 columns."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedveil", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
+@pytest.fixture(name="call")
+def _call(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """On a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    return call
 
 
 @pytest.fixture

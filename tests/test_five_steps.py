@@ -2,46 +2,22 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import polars as pl
 import pytest
 
-from fedveil import cli
 from fedveil.export import read_provenance
 
-
-class Result(NamedTuple):
-    """How a command ended."""
-
-    code: object
-    out: str
-    err: str
-
-
-Call = Callable[..., Result]
+Call = Callable[..., Any]
 
 
 @pytest.fixture
-def fedveil(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
-) -> Call:
-    """One command, as typed in the folder."""
-    monkeypatch.chdir(folder)
-
-    def run(line: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedveil", *line.split()])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
+def fedveil(call: Call) -> Call:
+    """One command, as typed."""
+    return lambda line: call(*line.split())
 
 
 @pytest.fixture

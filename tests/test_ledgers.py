@@ -3,16 +3,15 @@
 import json
 import shutil
 import sqlite3
-import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import fedveil
-from fedveil import cli
 from fedveil.config import ConfigError, RunConfig
 from fedveil.ledgers import find, known_heads, parse_head
 from fedveil.privacy.accounting import Releases
@@ -24,34 +23,13 @@ from fedveil.privacy.plan import Part, Side
 MakeConfig = Callable[..., RunConfig]
 
 
-class Result(NamedTuple):
-    """How a call ended."""
-
-    code: object
-    out: str
-    err: str
+Call = Callable[..., Any]
 
 
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Call:
-    """Calls `fedveil ledger` in a folder of the test's own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedveil", "ledger", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
+@pytest.fixture(name="call")
+def _call(call: Call) -> Call:
+    """Calls `fedveil ledger`."""
+    return partial(call, "ledger")
 
 
 def part(side: Side, count: int, noise: float) -> Part:
@@ -130,10 +108,11 @@ def run(bare: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bare, tmp_path / "run"))
 
 
-def told(result: Result, code: int = 1) -> str:
+def told(result: tuple[object, str, str], code: int = 1) -> str:
     """The one line of an error, and nothing else anywhere."""
-    assert (result.code, result.out) == (code, "")
-    (line,) = result.err.splitlines()
+    found_code, out, err = result
+    assert (found_code, out) == (code, "")
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
     return line
 
