@@ -6,15 +6,20 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Writes a file in place of another, durably; a crash leaves the one or the other.
+
+    Args:
+        path: The file.
+        content: All of it.
+        mode: Its permissions, before the umask.
 
     Raises:
         OSError: The disk refuses; the file is as it was.
     """
     draft = path.with_name(f".{path.name}.partial")
     try:
-        _write(draft, content, os.O_TRUNC, 0o666)
+        _write(draft, content, os.O_TRUNC, mode)
         draft.replace(path)
         sync_folder(path.parent)
     except OSError:

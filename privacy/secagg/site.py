@@ -1,0 +1,476 @@
+"""A site's half of the protocol: a state machine without I/O.
+
+Protocol: Bonawitz et al. 2017 ("Practical Secure Aggregation for Privacy-Preserving Machine
+Learning", CCS), figure 4, the version against active adversaries, over the full graph, with the
+mask keys of many rounds agreed at once.
+
+Formal guarantee: a server that deviates in any way, together with up to t_collude sites, learns of
+an honest site's vector nothing beyond the sum, modulo 2^32, over the uploaders of a round: at least
+n_min sites, of which at least n_min - t_collude are honest. It assumes that identities were pinned
+rightly, that X25519, Ed25519, HKDF-SHA256, AES-256 (CTR, GCM) and SHA-256 are what they are taken
+for, that the entropy is secret, and that the store keeps what it has saved and is not put back to
+an older copy.
+
+Whatever is sent is saved first. Each method may be called again with what it was called with: it
+answers with the same bytes, or refuses; a refusal changes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from .encoding import decode, encode
+from .errors import (
+    DifferentModelError,
+    DifferentRosterError,
+    LostStateError,
+    MalformedMessageError,
+    SecAggError,
+    SecondUnmaskError,
+    SplitViewError,
+    StaleEpochError,
+    TwoVectorsError,
+    WrongPhaseError,
+    WrongRoundError,
+)
+from .keys import Entropy, Identity, digest, public_of, system_entropy
+from .masks import Mask, add_masks, pair_mask, self_mask
+from .messages import (
+    Advertisement,
+    Confirmation,
+    Confirmations,
+    Deal,
+    Deals,
+    Roster,
+    SealedShare,
+    Share,
+    Unmasking,
+    Upload,
+    Uploaded,
+    Uploaders,
+    digest_of_seed,
+    digest_of_shares,
+    digest_of_vector,
+    statement_on_uploaders,
+)
+from .shamir import split
+from .shares import MASK_KEYS, SEED, open_share, seal_share
+from .state import CurrentRound, Held, OpenEpoch, SiteState, Store
+from .terms import Opening, Setup
+from .views import (
+    check_confirmed,
+    check_current,
+    check_deals,
+    check_roster,
+    check_setup,
+    check_uploaders,
+)
+
+_NO_SIGNATURE = bytes(64)
+
+
+class Site:
+    """One site in one run. Not to be shared between threads; the store keeps processes apart."""
+
+    def __init__(
+        self,
+        name: str,
+        run: str,
+        identity: Identity,
+        pinned: Mapping[str, bytes],
+        store: Store,
+        entropy: Entropy = system_entropy,
+    ) -> None:
+        """Takes up where the store says that the site was.
+
+        Args:
+            name: The site's own name.
+            run: The run; each has a store of its own.
+            identity: The site's own.
+            pinned: Public identities by name, as they came out of band; never from the server.
+            store: Where the state is kept.
+            entropy: Secret coins.
+
+        Raises:
+            LostStateError: The store holds no state of this site and run.
+        """
+        self.name, self._run, self._identity, self._pinned = name, run, identity, pinned
+        self._store, self._entropy = store, entropy
+        self._sent: Upload | None = None  # a vector is kept in memory only, for as long as it may
+        saved = store.load()
+        self._state = SiteState(name, run) if saved is None else _read_state(saved, name, run)
+
+    # Set-up, once an epoch.
+
+    def advertise(self, setup: Setup) -> Advertisement:
+        """Begins an epoch: fresh keys for its rounds, signed. A former epoch ends, erased.
+
+        Raises:
+            UnknownSiteError: This or another site on the roster is none that is pinned.
+            SwappedIdentityError: A name stands beside another identity than the pinned one.
+            StaleEpochError: The epoch is over, or not newer than the one that is open.
+            DifferentSetupError: It is another run's.
+        """
+        own = check_setup(setup, self._run, self.name, self._pinned)
+        epoch = self._state.epoch
+        if epoch is not None and epoch.setup == setup:
+            return epoch.advertisement
+        newest = self._state.ended if epoch is None else epoch.setup.epoch + 1
+        if setup.epoch < newest:
+            raise StaleEpochError(f"epoch {setup.epoch}: expected {newest} or a later one")
+        channel, *masks = (self._entropy(32) for _ in range(1 + setup.rounds))
+        public = tuple(public_of(mask) for mask in masks)
+        unsigned = Advertisement(own, setup.digest(), public_of(channel), public, _NO_SIGNATURE)
+        signature = self._identity.sign(unsigned.statement())
+        advertisement = replace(unsigned, signature=signature)
+        self._save(OpenEpoch(setup, channel, 0, tuple(masks), advertisement))
+        self._sent = None
+        return advertisement
+
+    def deal(self, roster: Roster) -> Deal:
+        """Takes the others' keys and deals each a share of its own mask keys.
+
+        Raises:
+            DifferentSetupError: Another site signed another set-up: other numbers, say.
+            SwappedKeysError: Keys are not those that their site signed.
+            ReusedKeyError: A key is in two places.
+            UnknownSiteError: A site is none of the set-up's, or this one is missing.
+            TooFewSitesError: Fewer than n_min.
+            DifferentRosterError: It was shown another roster before.
+        """
+        epoch = self._epoch()
+        check_roster(epoch.setup, roster, epoch.advertisement)
+        if epoch.deal is not None:
+            if epoch.roster != roster:
+                raise DifferentRosterError("roster: is another than the one that was dealt for")
+            return epoch.deal
+        own, setup = epoch.advertisement.site, epoch.setup
+        context = roster.digest(setup)
+        values = split(b"".join(epoch.masks), setup.numbers.t, setup.numbers.n, self._entropy)
+        shares = tuple(
+            self._sealed(values[other.site], MASK_KEYS, other.site, context, other.channel)
+            for other in roster.advertisements
+            if other.site != own
+        )
+        unsigned = Deal(own, context, shares, _NO_SIGNATURE)
+        signature = self._identity.sign(unsigned.dealt().statement(context))
+        deal = replace(unsigned, signature=signature)
+        self._save(replace(epoch, roster=roster, deal=deal))
+        return deal
+
+    def accept(self, deals: Deals) -> None:
+        """Takes the others' shares; whoever dealt is a member from here on.
+
+        Raises:
+            DifferentRosterError: Another site dealt for another roster, or members changed.
+            UnknownSiteError: A member is none of the roster's, or this one is missing.
+            TooFewSitesError: Fewer than n_min members.
+            MisdirectedShareError: A share is of another kind, or for or from another.
+            TamperedCiphertextError: A share does not open.
+        """
+        epoch = self._epoch()
+        roster = self._roster(epoch)
+        context = roster.digest(epoch.setup)
+        members = check_deals(epoch.setup, roster, deals, self._deal(epoch))
+        if epoch.members:
+            if epoch.members != members:
+                raise DifferentRosterError(f"members: {members}, expected {epoch.members} as ever")
+            return
+        length = 32 * epoch.setup.rounds
+        opened = self._opened(deals.shares, members, MASK_KEYS, context, length)
+        held = tuple(Held(owner, _in_keys(value)) for owner, value in opened.items())
+        self._save(replace(epoch, members=members, held=held))
+
+    # Each round.
+
+    def open_round(self, opening: Opening, model: bytes) -> Upload | None:
+        """Begins a round; every one before it is over, its keys and shares are erased.
+
+        To be asked before data is read, for it says whether the round may be at all.
+
+        Args:
+            opening: What the server asks for.
+            model: Hash of the model as this site got it.
+
+        Returns:
+            What was sent to this very opening before, if it was: nothing is computed anew.
+
+        Raises:
+            DifferentModelError: The model is not the one that is signed.
+            DifferentRosterError: Keys or members are not the epoch's.
+            WrongRoundError: The round is over, burnt, or beyond the epoch.
+            TwoVectorsError: The round was opened on other terms, or its vector was sent and is not
+                kept: it is sent once.
+            UnsafeNumbersError: The noise of a block leaves no room in 32 bits.
+        """
+        epoch = self._epoch()
+        current = epoch.current
+        roster = self._roster(epoch).digest(epoch.setup)
+        if (opening.roster, opening.members) != (roster, epoch.members) or not epoch.members:
+            raise DifferentRosterError(
+                f"opening: keys {opening.roster.hex()} of members {opening.members}, expected "
+                f"{roster.hex()} of {epoch.members}"
+            )
+        if opening.model != model:
+            raise DifferentModelError(
+                f"model: {model.hex()} was sent, expected {opening.model.hex()} as all sites sign"
+            )
+        for block in opening.blocks:
+            block.saturation(epoch.setup.numbers)
+        if current is not None and current.opening.round == opening.round:
+            return self._again(current, opening)
+        last = -1 if current is None else current.opening.round
+        if not last < opening.round < epoch.setup.rounds:
+            raise WrongRoundError(
+                f"round {opening.round}: expected {last + 1} to {epoch.setup.rounds - 1}"
+            )
+        self._sent = None
+        self._save(replace(epoch.erased(opening.round), current=CurrentRound(opening)))
+        return None
+
+    def upload(self, vector: np.ndarray, ledger_count: int, ledger_head: bytes) -> Upload:
+        """Masks the vector of the round that is open.
+
+        Args:
+            vector: [d] uint32, quantised, noised, the blocks one after another. It is masked in
+                place and is the message's from then on.
+            ledger_count: Entries of the site's ledger, with this round's debit.
+            ledger_head: Its head hash, 32 bytes.
+
+        Raises:
+            TwoVectorsError: This round has had its vector.
+            MalformedMessageError: The vector has another form than the opening says.
+            WeakKeyError: A member's key is none.
+        """
+        epoch, current = self._current()
+        if current.uploaded is not None:
+            raise TwoVectorsError(
+                f"round {current.opening.round}: its vector was sent, expected a new round; two "
+                "under the same masks would show their difference"
+            )
+        _check_vector(vector, current.opening.length)
+        own, context = epoch.advertisement.site, current.opening.context()
+        seed = self._entropy(32)
+        masks = [self_mask(seed, context, own), *self._pair_masks(epoch, current.opening)]
+        values = split(seed, epoch.setup.numbers.t, epoch.setup.numbers.n, self._entropy)
+        channels = self._channels(epoch)
+        shares = tuple(
+            self._sealed(values[other], SEED, other, context, channels[other])
+            for other in epoch.members
+            if other != own
+        )
+        add_masks(vector, masks)
+        vector.flags.writeable = False
+        unsigned = Uploaded(
+            own,
+            context,
+            digest_of_vector(context, vector),
+            digest_of_seed(context, own, seed),
+            digest_of_shares(shares),
+            ledger_count,
+            ledger_head,
+            _NO_SIGNATURE,
+        )
+        uploaded = replace(unsigned, signature=self._identity.sign(unsigned.statement()))
+        upload = Upload(vector, uploaded, shares)
+        seeds = (Share(own, values[own]),)
+        self._save(replace(epoch, current=replace(current, uploaded=uploaded, seeds=seeds)))
+        self._sent = upload
+        return upload
+
+    def confirm(self, uploaders: Uploaders) -> Confirmation:
+        """Takes the set U of those in the sum, and signs it; one set a round.
+
+        Raises:
+            WrongRoundError, DifferentContextError: It is not about the current round.
+            AliveAndDeadError: A member is listed twice, or not at all, or this one as dropped.
+            UnknownSiteError: One is no member.
+            TooFewSitesError: Fewer than n_min.
+            DifferentContextError: One of U uploaded on other terms: another model, say.
+            ForgedSignatureError: One of U did not sign what is said to be its upload.
+            MisdirectedShareError, TamperedCiphertextError: A share is not what its site sealed.
+            SplitViewError: Another set was confirmed before.
+        """
+        epoch, current = self._current()
+        if current.uploaded is None:
+            raise WrongPhaseError("uploaders: this site has sent no vector, expected an upload")
+        own, context = epoch.advertisement.site, current.opening.context()
+        check_current(current.opening, uploaders.round, uploaders.context, "uploaders")
+        check_uploaders(epoch.setup, epoch.members, own, context, uploaders)
+        if current.confirmation is not None:
+            if current.uploaders != uploaders.uploaders:
+                raise SplitViewError(
+                    f"uploaders: {uploaders.uploaders}, expected {current.uploaders} as confirmed"
+                )
+            return current.confirmation
+        opened = self._opened(uploaders.shares, uploaders.uploaders, SEED, context, 32)
+        seeds = (*current.seeds, *(Share(owner, value) for owner, value in opened.items()))
+        statement = statement_on_uploaders(context, uploaders.uploaders)
+        confirmation = Confirmation(own, context, self._identity.sign(statement))
+        after = replace(
+            current,
+            seeds=tuple(sorted(seeds, key=lambda share: share.owner)),
+            uploaders=uploaders.uploaders,
+            confirmation=confirmation,
+        )
+        self._save(replace(epoch, current=after))
+        self._sent = None  # the server has it: this site is in U
+        return confirmation
+
+    def unmask(self, confirmations: Confirmations) -> Unmasking:
+        """Gives its shares, once t of U have signed the very U that it has signed itself.
+
+        Of a site in U it gives the self-mask seed's, of any other member the mask key's: never both
+        of one site, for the two sets are one and the same signed U and what is without it. This
+        round's keys and shares are erased, but for the answer itself, which goes with the round.
+
+        Raises:
+            WrongRoundError, DifferentContextError: It is not about the current round.
+            UnknownSiteError: A signature of a site that is not in U.
+            SplitViewError: A site signed another U.
+            TooFewConfirmationsError: Fewer than t signed.
+            SecondUnmaskError: It was asked before, with other signatures.
+        """
+        epoch, current = self._current()
+        if current.confirmation is None:
+            raise WrongPhaseError("confirmations: this site has confirmed no uploaders")
+        opening, uploaders = current.opening, current.uploaders
+        check_current(opening, confirmations.round, confirmations.context, "confirmations")
+        asked = digest("asked", encode(confirmations))
+        if current.unmasking is not None:
+            if current.asked != asked:
+                raise SecondUnmaskError(
+                    f"round {opening.round}: unmasking was asked before with other signatures, "
+                    "expected a new round"
+                )
+            return current.unmasking
+        own, context = epoch.advertisement.site, opening.context()
+        check_confirmed(epoch.setup, uploaders, context, confirmations.confirmations)
+        dropped = (member for member in epoch.members if member not in uploaders)
+        masks = tuple(Share(owner, epoch.share_of(owner, opening.round)) for owner in dropped)
+        unsigned = Unmasking(own, context, current.seeds, masks, _NO_SIGNATURE)
+        unmasking = replace(unsigned, signature=self._identity.sign(unsigned.statement()))
+        after = replace(current, seeds=(), asked=asked, unmasking=unmasking)
+        self._save(replace(epoch.erased(opening.round + 1), current=after))
+        return unmasking
+
+    def end_epoch(self) -> None:
+        """Erases all that is left of the epoch; it is never opened again."""
+        if self._state.epoch is not None:
+            self._save(None, ended=self._state.epoch.setup.epoch + 1)
+
+    # What the steps above share.
+
+    def _save(self, epoch: OpenEpoch | None, ended: int | None = None) -> None:
+        """What is sent afterwards rests on what is saved here."""
+        over = self._state.ended if ended is None else ended
+        state = replace(self._state, ended=over, epoch=epoch)
+        self._store.save(encode(state))
+        self._state = state
+        if epoch is None:
+            self._sent = None
+
+    def _epoch(self) -> OpenEpoch:
+        if self._state.epoch is None:
+            raise LostStateError(
+                f"{self.name}: holds no keys, expected an epoch that was set up; begin a new one"
+            )
+        return self._state.epoch
+
+    def _current(self) -> tuple[OpenEpoch, CurrentRound]:
+        epoch = self._epoch()
+        if epoch.current is None:
+            raise WrongPhaseError(f"{self.name}: no round is open, expected an opening first")
+        return epoch, epoch.current
+
+    @staticmethod
+    def _roster(epoch: OpenEpoch) -> Roster:
+        if epoch.roster is None:
+            raise WrongPhaseError("the epoch is not set up, expected a roster first")
+        return epoch.roster
+
+    @staticmethod
+    def _deal(epoch: OpenEpoch) -> Deal:
+        if epoch.deal is None:
+            raise WrongPhaseError("the epoch is not set up, expected a roster first")
+        return epoch.deal
+
+    def _again(self, current: CurrentRound, opening: Opening) -> Upload | None:
+        """What to do about an opening of the round that is open."""
+        if current.opening != opening:
+            raise TwoVectorsError(
+                f"round {opening.round}: was opened on other terms, expected the same ones; "
+                "another attempt takes the next round"
+            )
+        if current.uploaded is not None and self._sent is None:
+            raise TwoVectorsError(
+                f"round {opening.round}: its vector was sent before this site was restarted and is "
+                "not kept, expected a new round"
+            )
+        return self._sent
+
+    def _sealed(
+        self, content: bytes, kind: int, destination: int, context: bytes, public: bytes
+    ) -> SealedShare:
+        epoch = self._epoch()
+        route = (kind, epoch.advertisement.site, destination)
+        return seal_share(content, route, context, epoch.channel, public, self._entropy)
+
+    def _opened(
+        self,
+        shares: tuple[SealedShare, ...],
+        sources: tuple[int, ...],
+        kind: int,
+        context: bytes,
+        length: int,
+    ) -> dict[int, bytes]:
+        """What each of the other sources sealed for this site, in their order."""
+        epoch = self._epoch()
+        own, channels = epoch.advertisement.site, self._channels(epoch)
+        others = [source for source in sources if source != own]
+        if len(shares) != len(others):
+            raise MalformedMessageError(f"shares: {len(shares)}, expected {len(others)}, one each")
+        return {
+            source: open_share(
+                share, (kind, source, own), context, epoch.channel, channels[source], length
+            )
+            for source, share in zip(others, shares, strict=True)
+        }
+
+    def _channels(self, epoch: OpenEpoch) -> dict[int, bytes]:
+        return {a.site: a.channel for a in self._roster(epoch).advertisements}
+
+    def _pair_masks(self, epoch: OpenEpoch, opening: Opening) -> list[Mask]:
+        own, context = epoch.advertisement.site, opening.context()
+        private = epoch.mask_key(opening.round)
+        return [
+            pair_mask(private, other.masks[opening.round], context, own, other.site)
+            for other in self._roster(epoch).advertisements
+            if other.site in epoch.members and other.site != own
+        ]
+
+
+def _read_state(saved: bytes, name: str, run: str) -> SiteState:
+    try:
+        state = decode(SiteState, saved)
+    except SecAggError as error:
+        raise LostStateError(f"state of {name}: {error}; begin a new epoch") from None
+    if (state.site, state.run) != (name, run):
+        raise LostStateError(
+            f"state: is of {state.site} in run {state.run}, expected {name} in {run}"
+        )
+    return state
+
+
+def _in_keys(value: bytes) -> tuple[bytes, ...]:
+    return tuple(value[start : start + 32] for start in range(0, len(value), 32))
+
+
+def _check_vector(vector: np.ndarray, length: int) -> None:
+    fits = vector.dtype == np.dtype("<u4") and vector.shape == (length,)
+    if not fits or not vector.flags.c_contiguous or not vector.flags.writeable:
+        raise MalformedMessageError(
+            f"vector: {vector.dtype} of shape {vector.shape}, expected flat writeable uint32 of "
+            f"shape ({length},)"
+        )

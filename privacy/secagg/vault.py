@@ -1,0 +1,100 @@
+"""Where a site's state is kept between messages: one encrypted file, replaced whole.
+
+The file is AES-256-GCM under the site's own key, bound to the site and the run. It tells an altered
+file from a right one, but not an older copy from the newest: what the state must never do twice is
+counted by the site's ledger, too. A file system that keeps old versions (snapshots, backups, worn
+flash cells) keeps the ciphertext of what was erased; the key should not be kept with them.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+from ...files import replace_file
+from .errors import LostStateError, StateInUseError
+from .keys import NONCE_BYTES, digest, seal, system_entropy, unseal
+
+_MAGIC = b"FVST\x01"
+
+
+class Vault:
+    """One process's hold on the state of one site in one run; a `state.Store`."""
+
+    def __init__(self, path: Path, key: bytes, site: str, run: str) -> None:
+        """Takes hold of it; a file is made by the first `save`.
+
+        Args:
+            path: The file; a lock file lies beside it.
+            key: 32 secret bytes that never leave the site.
+            site: Whose state.
+            run: Of which run.
+
+        Raises:
+            StateInUseError: Another process or object holds it: two could send two vectors.
+            LostStateError: The folder cannot be used.
+            ValueError: The key is not 32 bytes.
+        """
+        if len(key) != 32:
+            raise ValueError(f"key = {len(key)} bytes: must be 32 secret bytes")
+        self._path, self._key = path, key
+        self._about = digest("vault", site.encode(), run.encode())
+        try:
+            self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LostStateError(f"{path}: {error.strerror}; check the path and the disk") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise StateInUseError(
+                f"{path}: another process holds it; wait, or stop that one"
+            ) from None
+
+    def load(self) -> bytes | None:
+        """What was saved last, or nothing if nothing ever was.
+
+        Raises:
+            LostStateError: The file is not as it was saved, is another site's or run's, or cannot
+                be read.
+        """
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LostStateError(f"{self._path}: {error.strerror}; check the file") from None
+        start = len(_MAGIC) + NONCE_BYTES
+        nonce, box = content[len(_MAGIC) : start], content[start:]
+        state = None
+        if content.startswith(_MAGIC) and len(nonce) == NONCE_BYTES:
+            state = unseal(self._key, nonce, box, self._about)
+        if state is None:
+            raise LostStateError(
+                f"{self._path}: is not as it was saved by this site in this run; put it back, or "
+                "move it away and begin a new epoch"
+            )
+        return state
+
+    def save(self, content: bytes) -> None:
+        """Replaces what was saved, durably before it returns.
+
+        Raises:
+            LostStateError: The disk refuses; what was saved before is there still.
+        """
+        nonce = system_entropy(NONCE_BYTES)
+        sealed = _MAGIC + nonce + seal(self._key, nonce, content, self._about)
+        try:
+            replace_file(self._path, sealed, mode=0o600)
+        except OSError as error:
+            raise LostStateError(f"{self._path}: {error.strerror}; check the disk") from None
+
+    def close(self) -> None:
+        """Lets go of it."""
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
