@@ -7,8 +7,9 @@ signature, associated data and key derivation has one of them in it, the last wh
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
+from ...config import ConfigError
 from .encoding import MAX_WORDS, Hash, Index, Key, Many, Name, Number, Real, encode
 from .errors import (
     LoweredThresholdError,
@@ -88,6 +89,44 @@ class Numbers:
                 "t_collude >= 1 and n_min - t_collude >= 2"
             )
         return sigma / math.sqrt(self.n_min - self.t_collude)
+
+
+Encryption = Literal["none", "sealed", "secagg"]
+_NEEDS_SECAGG = ("distributed",)
+_MECHANISMS = ("none", "central", "local", "site", *_NEEDS_SECAGG)
+
+
+def check_encryption(mechanism: str, encryption: Encryption, numbers: Numbers | None) -> None:
+    """Which mechanism goes with which encryption of the replies.
+
+    A noise share hides nothing by itself: under `distributed` only the sum may be seen. Under the
+    other mechanisms each reply is noised in full before it leaves, or is meant for the server's
+    eyes, or is not noised at all, and any encryption will do. (`site` shares its noise out under
+    `secagg` and adds all of it at each site otherwise.)
+
+    Args:
+        mechanism: A mechanism's name.
+        encryption: `none`, `sealed` (see `sealed.py`) or `secagg`.
+        numbers: Those of `secagg`; nothing otherwise.
+
+    Raises:
+        ConfigError: They do not go together.
+        UnsafeNumbersError: Noise cannot be shared out by these numbers.
+    """
+    if mechanism not in _MECHANISMS:
+        raise ConfigError(f"privacy.mechanism = {mechanism}: expected {', '.join(_MECHANISMS)}")
+    if (encryption == "secagg") != (numbers is not None):
+        raise ConfigError(
+            f"aggregation.encryption = {encryption}: n, t, n_min, t_collude go with "
+            "secagg, and only with it"
+        )
+    if mechanism in _NEEDS_SECAGG and numbers is None:
+        raise ConfigError(
+            f"aggregation.encryption = {encryption}: privacy.mechanism = {mechanism} adds a share "
+            "of the noise at each site, which protects nothing but their sum; set it to secagg"
+        )
+    if numbers is not None and mechanism in {"distributed", "site"}:
+        numbers.noise_share(1.0)
 
 
 @dataclass(frozen=True)

@@ -199,9 +199,10 @@ def check_partition(
             )
     for site in members:
         if (site in uploaders) == (site in dropped):
+            listed = "twice" if site in dropped else "nowhere"
             raise AliveAndDeadError(
-                f"uploaders: {setup.name(site)} is listed {'twice' if site in dropped else 'not'}, "
-                "expected once: as uploader or as dropped"
+                f"uploaders: {setup.name(site)} is listed {listed}, expected once: as uploader or "
+                "as dropped"
             )
     check_members(setup, uploaders, "uploaders")
 
