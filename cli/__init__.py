@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import data, doctor, ledger, report, run, runs
+from . import audit, data, doctor, ledger, report, run, runs
 
 app = typer.Typer(
     help="Federated, differentially private training of generative models.",
@@ -24,6 +24,7 @@ app = typer.Typer(
 for command in (run.simulate, run.sample, run.evaluate, run.init, doctor.doctor):
     app.command()(command)
 app.command()(report.report)
+app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(runs.app, name="runs")

@@ -165,17 +165,24 @@ class Text:
     def limit(self) -> int:
         return self.high + 1
 
+    def fits(self, value: object) -> bool:
+        """Whether it is such a name."""
+        plain = isinstance(value, str) and _NAME.fullmatch(value)
+        return bool(plain) and len(str(value)) <= self.high
+
     def write(self, value: str, what: str, out: list[Buffer]) -> None:
-        fits = isinstance(value, str) and len(value) <= self.high and _NAME.fullmatch(value)
-        _check(bool(fits), what, ascii(value), f"a name of 1 to {self.high} plain characters")
+        self._allowed(value, what)
         out.append(bytes([len(value)]) + value.encode("ascii"))
 
     def read(self, reader: Reader, what: str) -> str:
         count = reader.number(1, what)
         value = bytes(reader.take(count, what)).decode("ascii", errors="replace")
-        fits = count <= self.high and _NAME.fullmatch(value)
-        _check(bool(fits), what, ascii(value), f"a name of 1 to {self.high} plain characters")
+        self._allowed(value, what)
         return value
+
+    def _allowed(self, value: str, what: str) -> None:
+        expected = f"a name of 1 to {self.high} plain characters"
+        _check(self.fits(value), what, ascii(value), expected)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ others go on where enough remain.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -425,22 +426,31 @@ class TestOpening:
             session.sites[1].upload(make_vectors(4)[1], 1, HEAD)
 
 
-class TestUploaders:
-    def refusal(
-        self, session: Simulator, make_vectors: Vectors, kind: type, change: Change
-    ) -> SecAggError:
-        """What site 1 says of a changed message; the others' sum is as exact as ever."""
-        session.hook = changing(kind, change)
-        vectors = make_vectors(4)
-        assert (session.round(vectors) == sum(vectors.values())).all()
-        assert set(session.refusals) == {1}
-        return session.refusals[1]
+def refused(session: Simulator, make_vectors: Vectors, kind: type, change: Change) -> SecAggError:
+    """What site 1 says of a changed message; the others' sum is as exact as ever."""
+    session.hook = changing(kind, change)
+    vectors = make_vectors(4)
+    assert (session.round(vectors) == sum(vectors.values())).all()
+    assert set(session.refusals) == {1}
+    return session.refusals[1]
 
+
+def recording(into: list[Any]) -> Change:
+    """A change that only takes a note."""
+
+    def keep(message: Any) -> Any:  # noqa: ANN401
+        into.append(message)
+        return message
+
+    return keep
+
+
+class TestUploaders:
     def test_a_site_listed_alive_and_dead(self, session: Simulator, make_vectors: Vectors) -> None:
         def both(message: Uploaders) -> Uploaders:
             return replace(message, dropped=(2,))
 
-        found = self.refusal(session, make_vectors, Uploaders, both)
+        found = refused(session, make_vectors, Uploaders, both)
         assert isinstance(found, AliveAndDeadError)
         assert "site-002 is listed twice, expected once" in str(found)
 
@@ -455,7 +465,7 @@ class TestUploaders:
                 shares=(message.shares[0], message.shares[2]),
             )
 
-        found = self.refusal(session, make_vectors, Uploaders, neither)
+        found = refused(session, make_vectors, Uploaders, neither)
         assert isinstance(found, AliveAndDeadError)
         assert "site-002 is listed nowhere, expected once" in str(found)
 
@@ -464,7 +474,7 @@ class TestUploaders:
             rest = (message.uploaded[0], *message.uploaded[2:])
             return replace(message, uploaders=(0, 2, 3), dropped=(1,), uploaded=rest)
 
-        found = self.refusal(session, make_vectors, Uploaders, dead)
+        found = refused(session, make_vectors, Uploaders, dead)
         assert isinstance(found, AliveAndDeadError)
         assert "it is this site, and has sent its vector" in str(found)
 
@@ -478,7 +488,7 @@ class TestUploaders:
                 shares=message.shares[:1],
             )
 
-        found = self.refusal(session, make_vectors, Uploaders, few)
+        found = refused(session, make_vectors, Uploaders, few)
         assert isinstance(found, TooFewSitesError)
         assert "2 sites, expected at least n_min = 3" in str(found)
 
@@ -486,7 +496,7 @@ class TestUploaders:
         def unknown(message: Uploaders) -> Uploaders:
             return replace(message, dropped=(9,))
 
-        assert isinstance(self.refusal(session, make_vectors, Uploaders, unknown), UnknownSiteError)
+        assert isinstance(refused(session, make_vectors, Uploaders, unknown), UnknownSiteError)
 
     def test_an_uploader_that_did_not_upload(
         self, session: Simulator, make_vectors: Vectors
@@ -562,7 +572,7 @@ class TestUploaders:
             return replace(message, shares=replaced(message.shares, 1, box=box))
 
         assert isinstance(
-            self.refusal(session, make_vectors, Uploaders, tamper), TamperedCiphertextError
+            refused(session, make_vectors, Uploaders, tamper), TamperedCiphertextError
         )
 
     @pytest.mark.parametrize("relabelled", [False, True])
@@ -579,7 +589,7 @@ class TestUploaders:
             other = {"kind": kind, "box": mask_keys.box, "nonce": mask_keys.nonce}
             return replace(message, shares=replaced(message.shares, 0, **other))
 
-        found = self.refusal(made, make_vectors, Uploaders, serve)
+        found = refused(made, make_vectors, Uploaders, serve)
         expected = TamperedCiphertextError if relabelled else MisdirectedShareError
         assert type(found) is expected
 
@@ -592,7 +602,7 @@ class TestUploaders:
 
         session.hook = changing(Uploaders, replay)
         session.round(make_vectors(4))
-        found = self.refusal(session, make_vectors, Uploaders, replay)
+        found = refused(session, make_vectors, Uploaders, replay)
         assert isinstance(found, TamperedCiphertextError)
 
     @pytest.mark.parametrize(
@@ -610,7 +620,7 @@ class TestUploaders:
 
         session.hook = changing(Uploaders, replay)
         session.round(make_vectors(4))
-        assert type(self.refusal(session, make_vectors, Uploaders, replay)) is error
+        assert type(refused(session, make_vectors, Uploaders, replay)) is error
 
     def test_a_second_set_of_uploaders(self, session: Simulator, make_vectors: Vectors) -> None:
         def twice(message: Uploaders) -> Uploaders:
@@ -624,11 +634,11 @@ class TestUploaders:
             session.sites[1].confirm(other)
             return message
 
-        assert isinstance(self.refusal(session, make_vectors, Uploaders, twice), SplitViewError)
+        assert isinstance(refused(session, make_vectors, Uploaders, twice), SplitViewError)
 
     def test_before_the_upload(self, session: Simulator, make_vectors: Vectors) -> None:
         sent: list[Uploaders] = []
-        session.hook = changing(Uploaders, lambda message: sent.append(message) or message)
+        session.hook = changing(Uploaders, recording(sent))
         session.round(make_vectors(4))
         opening = session.aggregator.open_round(MODEL, BLOCKS)
         session.sites[1].open_round(opening, MODEL)
@@ -637,13 +647,11 @@ class TestUploaders:
 
 
 class TestConfirmations:
-    refusal = TestUploaders.refusal
-
     def test_too_few_signatures(self, session: Simulator, make_vectors: Vectors) -> None:
         def few(message: Confirmations) -> Confirmations:
             return replace(message, confirmations=message.confirmations[:2])
 
-        found = self.refusal(session, make_vectors, Confirmations, few)
+        found = refused(session, make_vectors, Confirmations, few)
         assert isinstance(found, TooFewConfirmationsError)
         assert "of 2 sites, expected at least t = 3" in str(found)
 
@@ -652,7 +660,7 @@ class TestConfirmations:
             one, two, *_ = message.confirmations
             return replace(message, confirmations=(one, two, two))
 
-        found = self.refusal(session, make_vectors, Confirmations, twice)
+        found = refused(session, make_vectors, Confirmations, twice)
         assert isinstance(found, MalformedMessageError)
         assert "each once, ascending" in str(found)
 
@@ -671,7 +679,7 @@ class TestConfirmations:
             found = replaced(message.confirmations, 2, signature=signature)
             return replace(message, confirmations=found)
 
-        found = self.refusal(session, make_vectors, Confirmations, split)
+        found = refused(session, make_vectors, Confirmations, split)
         assert isinstance(found, SplitViewError)
 
     def test_a_signature_of_a_site_that_is_no_uploader(
@@ -699,7 +707,7 @@ class TestConfirmations:
             assert session.sites[1].unmask(fewer) == first
             return message
 
-        found = self.refusal(session, make_vectors, Confirmations, twice)
+        found = refused(session, make_vectors, Confirmations, twice)
         assert isinstance(found, SecondUnmaskError)
 
     @pytest.mark.parametrize(
@@ -720,7 +728,7 @@ class TestConfirmations:
 
         session.hook = changing(Confirmations, replay)
         session.round(make_vectors(4))
-        assert type(self.refusal(session, make_vectors, Confirmations, replay)) is error
+        assert type(refused(session, make_vectors, Confirmations, replay)) is error
 
     def test_before_the_confirmation(self, session: Simulator, make_vectors: Vectors) -> None:
         def early(passing: Passing) -> object:
@@ -796,7 +804,7 @@ class TestHostileSitesInARound:
                 session,
                 make_vectors,
                 Upload,
-                lambda upload, count=count, head=head: signed(upload, count, head),
+                partial(signed, count=count, head=head),
             )
             assert isinstance(found, RolledBackLedgerError)
             assert f"has {count} entries" in str(found)
@@ -933,7 +941,7 @@ class TestMaskedWords:
     def test_are_uniform_whatever_the_vector(self, session: Simulator) -> None:
         """Chi-squared of the bytes of zeros under masks; 255 degrees, beyond 400 with < 1e-7."""
         sent: list[Upload] = []
-        session.hook = changing(Upload, lambda message: sent.append(message) or message)
+        session.hook = changing(Upload, recording(sent))
         vectors = {site: np.zeros(100_000, dtype=np.uint32) for site in range(4)}
         assert not session.round(vectors).any()
         counts = np.bincount(sent[0].vector.view(np.uint8), minlength=256)
@@ -944,7 +952,7 @@ class TestMaskedWords:
 
     def test_differ_from_round_to_round(self, session: Simulator) -> None:
         sent: list[Upload] = []
-        session.hook = changing(Upload, lambda message: sent.append(message) or message)
+        session.hook = changing(Upload, recording(sent))
         vectors = {site: np.zeros(1000, dtype=np.uint32) for site in range(4)}
         session.round(vectors)
         session.round(vectors)

@@ -80,10 +80,12 @@ def drops(draw: st.DrawFn) -> Drops:
     n_min = draw(st.integers(max(t, t_collude + 2), n))
     there = draw(st.permutations(range(n)))
     lost: dict[type, set[int]] = {}
-    for kind in (Advertisement, Roster, Deal, Deals, Opening, Upload):
+    setting_up: tuple[type, ...] = (Advertisement, Roster, Deal, Deals, Opening, Upload)
+    for kind in setting_up:
         count = draw(st.integers(0, len(there) - n_min))
         lost[kind], there = set(there[:count]), there[count:]
-    for kind in (Uploaders, Confirmation, Confirmations, Unmasking):
+    afterwards: tuple[type, ...] = (Uploaders, Confirmation, Confirmations, Unmasking)
+    for kind in afterwards:
         count = draw(st.integers(0, len(there) - t))
         lost[kind], there = set(there[:count]), there[count:]
     return Drops(Numbers(n, t, n_min, t_collude), lost)
@@ -328,7 +330,7 @@ class TestKilledAndAskedAgain:
             site.upload(vector, 1, HEAD)
         assert store.content == before
         assert (vector != plain).any()
-        del store.save  # type: ignore[attr-defined]
+        del store.save
         upload = site.upload(plain.copy(), 1, HEAD)  # nothing was sent: the vector may be
         session.aggregator.add_upload(upload)
 
@@ -356,7 +358,8 @@ def answer(site: Site, message: object, vector: np.ndarray) -> object:
         case Roster():
             return site.deal(message)
         case Deals():
-            return site.accept(message)
+            site.accept(message)
+            return None
         case Opening():
             return site.open_round(message, message.model) or site.upload(vector, 1, HEAD)
         case Uploaders():
@@ -582,7 +585,7 @@ class TestTheAggregator:
         seen: list[Any] = []
 
         def twice(passing: Passing) -> object:
-            adders = {
+            adders: dict[type, Callable[[Any], None]] = {
                 Advertisement: made.aggregator.add_advertisement,
                 Deal: made.aggregator.add_deal,
                 Upload: made.aggregator.add_upload,
