@@ -631,10 +631,15 @@ class TestUploaders:
                 uploaded=message.uploaded[:3],
                 shares=message.shares[:2],
             )
-            session.sites[1].confirm(other)
+            first = session.sites[1].confirm(message)
+            with pytest.raises(SplitViewError, match=r"expected \(0, 1, 2, 3\) as confirmed"):
+                session.sites[1].confirm(other)
+            assert session.sites[1].confirm(message) == first
             return message
 
-        assert isinstance(refused(session, make_vectors, Uploaders, twice), SplitViewError)
+        session.hook = changing(Uploaders, twice)
+        session.round(make_vectors(4))
+        assert not session.refusals
 
     def test_before_the_upload(self, session: Simulator, make_vectors: Vectors) -> None:
         sent: list[Uploaders] = []

@@ -403,7 +403,14 @@ class TestErasure:
         assert self.kept(session, secrets) == secrets.keys() - {"mask 0", "held 0"}
         session.hook = losing(Uploaders, {0})  # abandoned by site 0 in round 1
         session.round(make_vectors(4))
-        session.hook = losing(Upload, set())
+        assert self.kept(session, secrets) == secrets.keys() - {"mask 0", "held 0"}
+
+        def look(passing: Passing) -> object:
+            if isinstance(passing.message, Upload) and passing.source == 0:
+                assert self.kept(session, secrets) == {"channel", "mask 2", "held 2"}
+            return passing.message
+
+        session.hook = look
         session.round(make_vectors(4))
         assert self.kept(session, secrets) == {"channel"}
         session.sites[0].end_epoch()
@@ -428,7 +435,8 @@ class TestErasure:
         session.round(make_vectors(4))
         first = given.copy()
         assert len(first) == 4
-        assert all(share in (session.stores[0].content or b"") for share in first)
+        content = session.stores[0].content or b""
+        assert [content.count(share) for share in first] == [1] * 4  # in the answer only
         session.round(make_vectors(4))
         assert not any(share in (session.stores[0].content or b"") for share in first)
 
