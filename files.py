@@ -15,9 +15,11 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
         mode: Its permissions, before the umask.
 
     Raises:
-        OSError: The disk refuses; the file is as it was.
+        OSError: The disk refuses; the file is as it was or, if only the folder was not synced, new.
     """
     draft = path.with_name(f".{path.name}.partial")
+    with suppress(OSError):
+        draft.unlink()  # one that a crash left would keep its permissions
     try:
         _write(draft, content, os.O_TRUNC, mode)
         draft.replace(path)

@@ -41,16 +41,16 @@ def transcript(
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     facts = _facts(verify_transcript(data, pinned))
     if as_json:
-        typer.echo(json.dumps({"whole": True, **facts}))
+        typer.echo(json.dumps({"valid": True, **facts}))
         return
-    typer.echo(f"{path}: whole; run {facts['run']}")
+    typer.echo(f"{path}: every signature holds; run {facts['run']}")
     for epoch in facts["epochs"]:
         typer.echo(
             "  epoch {epoch}: {n} sites, threshold {t}, at least {n_min} uploaders, safe against "
             "the server and {t_collude} colluding sites".format(**epoch)
         )
     for found in facts["rounds"]:
-        outcome = f"sum {found['sum'][:16]}" if found["sum"] else "no sum"
+        outcome = f"sum {found['sum'][:16]}" if found["sum"] else "no sum, says the server"
         typer.echo(
             f"  epoch {found['epoch']} round {found['round']}: {len(found['uploaders'])} uploaded, "
             f"{len(found['confirmed'])} confirmed, {outcome}"

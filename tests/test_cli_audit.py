@@ -33,7 +33,7 @@ def test_what_it_says(call: Call, kept: tuple[Path, Path]) -> None:
     result = call("audit", "transcript", transcript, "--identities", pins)
     assert result.code == 0
     lines = result.out.splitlines()
-    assert lines[0] == f"{transcript}: whole; run simulated"
+    assert lines[0] == f"{transcript}: every signature holds; run simulated"
     assert lines[1].endswith("safe against the server and 1 colluding sites")
     assert lines[2].startswith("  epoch 0 round 0: 3 uploaded, 3 confirmed, sum ")
     assert lines[4].startswith("  site-000: its ledger has 2 entries, head ")
@@ -43,7 +43,7 @@ def test_json(call: Call, kept: tuple[Path, Path]) -> None:
     transcript, pins = kept
     result = call("audit", "transcript", transcript, "--identities", pins, "--json")
     found = json.loads(result.out)
-    assert found["whole"] is True
+    assert found["valid"] is True
     assert found["epochs"] == [
         {"epoch": 0, "rounds": 2, "n": 3, "t": 3, "n_min": 3, "t_collude": 1}
     ]
@@ -77,7 +77,7 @@ def test_a_missing_file(call: Call, kept: tuple[Path, Path], missing: int) -> No
     assert "cannot be read (No such file or directory)" in result.err
 
 
-def test_an_empty_one_is_not_whole(call: Call, kept: tuple[Path, Path]) -> None:
+def test_an_empty_one_is_refused(call: Call, kept: tuple[Path, Path]) -> None:
     kept[0].write_bytes(b"")
     result = call("audit", "transcript", kept[0], "--identities", kept[1], "--json")
     assert result.code == 1

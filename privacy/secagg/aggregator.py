@@ -6,10 +6,12 @@ error and changes nothing, and its site counts as dropped. It keeps its state in
 lost, a new epoch is needed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import combinations, islice
+from random import SystemRandom
+from types import MappingProxyType
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from .errors import (
     WrongRoundError,
     WrongShareError,
 )
-from .keys import agree, digest, public_of, system_entropy
+from .keys import TAG_BYTES, agree, digest, in_keys, public_of, system_entropy
 from .masks import Mask, add_masks, pair_mask, self_mask
 from .messages import (
     Advertisement,
@@ -54,12 +56,12 @@ from .views import (
     check_confirmation,
     check_confirmed,
     check_dealt,
-    check_keys,
+    check_fresh,
     check_ledger,
     check_uploaded,
 )
 
-_MOST_TRIES = 2000  # choices of shares: enough to leave out any three wrong ones of twenty
+_MOST_TRIES = 2000  # choices of shares: four wrong ones of 100 with t = 67 take 133 on average
 
 
 class Phase(IntEnum):
@@ -101,18 +103,25 @@ def _not_kept(message: Kept) -> None:
 class Aggregator:
     """The server in one epoch. What arrives in a phase is added; closing it gives what goes out."""
 
-    def __init__(self, setup: Setup, keep: Callable[[Kept], None] = _not_kept) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        keep: Callable[[Kept], None] = _not_kept,
+        ledgers: Mapping[str, tuple[int, bytes]] = MappingProxyType({}),
+    ) -> None:
         """Begins an epoch.
 
         Args:
             setup: What it is about; it goes to every site.
-            keep: Takes each message of the transcript, in order.
+            keep: Takes each message of the transcript, in order, before anything rests on it.
+            ledgers: Count and head of each site's ledger by name, as the epochs before left them.
         """
         self.setup, self._keep = setup, keep
         self.phase = Phase.ADVERTISEMENTS
         self._advertised: dict[int, Advertisement] = {}
         self._deals: dict[int, Deal] = {}
-        self._ledgers: dict[int, tuple[int, bytes]] = {}
+        self._keys: set[bytes] = set()
+        self.ledgers = dict(ledgers)
         self._roster = Roster(())
         self._number = 0
         self._round: _Round | None = None
@@ -128,12 +137,11 @@ class Aggregator:
         """
         self._expect(Phase.ADVERTISEMENTS, self._advertised, message.site)
         check_advertisement(self.setup, message)
-        probe = system_entropy(32)
-        for key in (message.channel, *message.masks):
-            agree(probe, key)
-        check_keys(Roster((*self._advertised.values(), message)))
-        self._advertised[message.site] = message
+        _check_strong(message.channel, *message.masks)
+        check_fresh(self._keys, message)
         self._keep(message)
+        self._keys.update((message.channel, *message.masks))
+        self._advertised[message.site] = message
 
     def close_advertisements(self) -> Roster:
         """The roster, for each site on it.
@@ -156,10 +164,12 @@ class Aggregator:
         """
         self._expect(Phase.DEALS, self._deals, message.site)
         check_dealt(self.setup, self._roster, message.dealt())
-        on_roster = tuple(advertised.site for advertised in self._roster.advertisements)
-        _check_routes(message.shares, MASK_KEYS, message.site, on_roster)
-        self._deals[message.site] = message
+        _check_strong(message.channel)
+        _check_shares(
+            message.shares, MASK_KEYS, message.site, self._roster.sites, 32 * self.setup.rounds
+        )
         self._keep(message.dealt())
+        self._deals[message.site] = message
 
     def close_deals(self) -> dict[int, Deals]:
         """What each member is to be sent, by site.
@@ -170,11 +180,10 @@ class Aggregator:
         self._expect(Phase.DEALS)
         members = self.members
         check_members(self.setup, members, "members")
-        context = self._roster.digest(self.setup)
         dealt = tuple(self._deals[site].dealt() for site in members)
         shares = {site: self._deals[site].shares for site in members}
         self.phase = Phase.ROUND
-        return {site: Deals(context, dealt, _for_site(site, shares)) for site in members}
+        return {site: Deals(dealt, _for_site(site, shares)) for site in members}
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -203,15 +212,15 @@ class Aggregator:
             raise WrongRoundError(
                 f"round {self._number}: expected 0 to {self.setup.rounds - 1}; begin a new epoch"
             )
-        roster = self._roster.digest(self.setup)
+        roster = self._roster.digest
         opening = Opening(roster, self.members, self._number, model, tuple(blocks))
         for block in blocks:
             block.saturation(self.setup.numbers)
         total = np.zeros(opening.length, dtype="<u4")
-        self._round = _Round(opening, opening.context(), total)
+        self._keep(opening)
+        self._round = _Round(opening, opening.context, total)
         self._number += 1
         self.phase = Phase.UPLOADS
-        self._keep(opening)
         return opening
 
     def add_upload(self, message: Upload) -> None:
@@ -230,19 +239,21 @@ class Aggregator:
             raise MalformedMessageError(
                 f"vector: of {message.vector.size} words, expected {state.total.size}"
             )
-        _check_routes(message.shares, SEED, uploaded.site, self.members)
+        _check_strong(uploaded.channel)
+        _check_shares(message.shares, SEED, uploaded.site, self.members, 32)
         vector = digest_of_vector(state.context, message.vector)
         if (vector, digest_of_shares(message.shares)) != (uploaded.vector, uploaded.shares):
             raise ForgedSignatureError(
                 f"upload of {self.setup.name(uploaded.site)}: its vector or shares are not the "
                 "ones that it signed, expected those"
             )
-        known = self._ledgers.get(uploaded.site, (0, b""))
-        self._ledgers[uploaded.site] = check_ledger(self.setup, known, uploaded)
+        name = self.setup.name(uploaded.site)
+        ledger = check_ledger(self.setup, self.ledgers.get(name, (0, b"")), uploaded)
+        self._keep(uploaded)
+        self.ledgers[name] = ledger
         np.add(state.total, message.vector, out=state.total)
         state.uploaded[uploaded.site] = uploaded
         state.shares[uploaded.site] = message.shares
-        self._keep(uploaded)
 
     def close_uploads(self) -> dict[int, Uploaders]:
         """What each uploader is to be sent, by site.
@@ -272,8 +283,8 @@ class Aggregator:
         state = self._current(Phase.CONFIRMATIONS)
         self._expect(Phase.CONFIRMATIONS, state.confirmed, message.site)
         check_confirmation(self.setup, state.uploaders, state.context, message)
-        state.confirmed[message.site] = message
         self._keep(message)
+        state.confirmed[message.site] = message
 
     def close_confirmations(self) -> Confirmations:
         """The signatures, for each site that confirmed.
@@ -330,8 +341,8 @@ class Aggregator:
                 f"{self.setup.numbers.t}"
             )
         seeds, keys = self._secrets(state)
+        self._round, self.phase = None, Phase.ROUND  # unmasked once, and whole or not at all
         add_masks(state.total, list(self._masks(state, seeds, keys)))
-        self._round, self.phase = None, Phase.ROUND
         total = state.total.data.cast("B")
         self._keep(Released(state.context, digest("total", state.context, total)))
         return state.total
@@ -367,25 +378,34 @@ class Aggregator:
             for site, message in sorted(state.unmaskings.items())
         }
         cut = 32 * len(state.uploaders)
-        for chosen in islice(_choices(tuple(holders), self.setup.numbers.t), _MOST_TRIES):
+        wrong: Counter[int] = Counter()
+        for chosen in _choices(tuple(holders), self.setup.numbers.t):
             secrets = combine({site: holders[site] for site in chosen})
-            seeds = dict(zip(state.uploaders, _in_keys(secrets[:cut]), strict=True))
-            keys = dict(zip(state.dropped, _in_keys(secrets[cut:]), strict=True))
-            if self._are_right(state, seeds, keys):
+            seeds = dict(zip(state.uploaders, in_keys(secrets[:cut]), strict=True))
+            keys = dict(zip(state.dropped, in_keys(secrets[cut:]), strict=True))
+            owner = self._first_wrong(state, seeds, keys)
+            if owner is None:
                 return seeds, keys
+            wrong[owner] += 1
+        owner, _ = wrong.most_common(1)[0]
         raise WrongShareError(
             f"unmasking: no {self.setup.numbers.t} of the shares of {tuple(holders)} give the "
-            "secrets that were committed to, expected them to; the round is lost"
+            f"secret that {self.setup.name(owner)} committed to, expected them to; it dealt shares "
+            "that do not fit together, or too many of the others are wrong"
         )
 
-    def _are_right(
+    def _first_wrong(
         self, state: _Round, seeds: Mapping[int, bytes], keys: Mapping[int, bytes]
-    ) -> bool:
+    ) -> int | None:
+        """Whose secret is not the one that it committed to."""
         number, public = state.opening.round, self._public_keys()
-        return all(
-            digest_of_seed(state.context, site, seed) == state.uploaded[site].seed
-            for site, seed in seeds.items()
-        ) and all(public_of(key) == public[site][number] for site, key in keys.items())
+        for site, seed in seeds.items():
+            if digest_of_seed(state.context, site, seed) != state.uploaded[site].seed:
+                return site
+        for site, key in keys.items():
+            if public_of(key) != public[site][number]:
+                return site
+        return None
 
     def _masks(
         self, state: _Round, seeds: Mapping[int, bytes], keys: Mapping[int, bytes]
@@ -402,14 +422,21 @@ class Aggregator:
         return {a.site: a.masks for a in self._roster.advertisements}
 
 
-def _check_routes(
-    shares: Sequence[SealedShare], kind: int, source: int, sites: Sequence[int]
+def _check_strong(*keys: bytes) -> None:
+    """No public key is one with which everybody agrees on the same; WeakKeyError otherwise."""
+    probe = system_entropy(32)
+    for key in keys:
+        agree(probe, key)
+
+
+def _check_shares(
+    shares: Sequence[SealedShare], kind: int, source: int, sites: Sequence[int], length: int
 ) -> None:
-    expected = [(kind, source, site) for site in sites if site != source]
-    found = [(share.kind, share.source, share.destination) for share in shares]
+    expected = [(kind, source, site, length + TAG_BYTES) for site in sites if site != source]
+    found = [(share.kind, share.source, share.destination, len(share.box)) for share in shares]
     if found != expected:
         raise MisdirectedShareError(
-            f"sealed shares of {source}: (kind, source, destination) are {found}, expected "
+            f"sealed shares of {source}: (kind, source, destination, bytes) are {found}, expected "
             f"{expected}"
         )
 
@@ -422,11 +449,11 @@ def _for_site(site: int, shares: Mapping[int, Sequence[SealedShare]]) -> tuple[S
 
 
 def _choices(sites: tuple[int, ...], count: int) -> Iterator[tuple[int, ...]]:
-    """Ways to take so many of the sites: leaving none out first, then each one, then each two."""
-    for missing in range(len(sites) - count + 1):
-        for out in combinations(sites, missing):
-            yield tuple(site for site in sites if site not in out)[:count]
+    """Ways to take so many of the sites: the first ones, then at random.
 
-
-def _in_keys(joined: bytes) -> list[bytes]:
-    return [joined[start : start + 32] for start in range(0, len(joined), 32)]
+    Of k wrong ones among m, a choice of t misses all with about (1 - t / m)^k.
+    """
+    yield sites[:count]
+    if len(sites) > count:
+        for _ in range(_MOST_TRIES):
+            yield tuple(SystemRandom().sample(sites, count))

@@ -237,6 +237,34 @@ def _key(item: Any) -> Any:  # noqa: ANN401
 
 
 @dataclass(frozen=True)
+class Keys:
+    """A counted sequence of 32-byte keys within limits."""
+
+    low: int
+    high: int
+
+    @property
+    def limit(self) -> int:
+        return 4 + 32 * self.high
+
+    def write(self, value: Sequence[bytes], what: str, out: list[Buffer]) -> None:
+        right = isinstance(value, tuple) and all(type(v) is bytes and len(v) == 32 for v in value)
+        _check(right, what, type(value).__name__, "a tuple of keys of 32 bytes")
+        self._allowed(len(value), what)
+        out.append(len(value).to_bytes(4, "big"))
+        out.append(b"".join(value))
+
+    def read(self, reader: Reader, what: str) -> tuple[bytes, ...]:
+        count = reader.number(4, what)
+        self._allowed(count, what)
+        joined = bytes(reader.take(32 * count, what))
+        return tuple(joined[start : start + 32] for start in range(0, len(joined), 32))
+
+    def _allowed(self, count: int, what: str) -> None:
+        _check(self.low <= count <= self.high, what, f"{count} keys", f"{self.low} to {self.high}")
+
+
+@dataclass(frozen=True)
 class Maybe:
     """A value or none."""
 

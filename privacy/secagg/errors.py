@@ -26,6 +26,10 @@ class TooManyColludersError(UnsafeNumbersError):
     """More colluding sites than these numbers are safe against."""
 
 
+class BelowFloorError(SecAggError):
+    """A federation that is smaller, or safe against fewer, than the site's owner allows."""
+
+
 class UnknownSiteError(SecAggError):
     """A site that is not on the roster, or not among the members."""
 
@@ -43,7 +47,7 @@ class WeakKeyError(SecAggError):
 
 
 class ReusedKeyError(SecAggError):
-    """One key in two places: a mask key serves one attempt at one round."""
+    """The same bytes as a key in two places: a mask key serves one attempt at one round."""
 
 
 class DifferentSetupError(SecAggError):
@@ -79,7 +83,7 @@ class LostStateError(SecAggError):
 
 
 class StateInUseError(SecAggError):
-    """State that another process holds."""
+    """State that another process, thread or object holds, or has changed."""
 
 
 class TwoVectorsError(SecAggError):
@@ -127,4 +131,4 @@ class DuplicateMessageError(SecAggError):
 
 
 class RolledBackLedgerError(SecAggError):
-    """A ledger that has fewer entries, or other ones, than the site has signed before."""
+    """A ledger that has no more entries than the site has signed before: nothing was debited."""

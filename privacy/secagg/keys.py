@@ -30,7 +30,7 @@ def digest(label: str, *parts: Buffer) -> bytes:
     """SHA-256 of labelled parts, 32 bytes; no two lists of parts give the same input."""
     state = hashlib.sha256(_joined(label, len(parts)))
     for part in parts:
-        state.update(len(part).to_bytes(8, "big"))
+        state.update(memoryview(part).nbytes.to_bytes(8, "big"))
         state.update(part)
     return state.digest()
 
@@ -103,3 +103,8 @@ def unseal(key: bytes, nonce: bytes, box: Buffer, about: bytes) -> bytes | None:
         return AESGCM(key).decrypt(nonce, box, about)
     except InvalidTag:
         return None
+
+
+def in_keys(joined: bytes) -> tuple[bytes, ...]:
+    """Keys of 32 bytes that stand one after another."""
+    return tuple(joined[start : start + 32] for start in range(0, len(joined), 32))

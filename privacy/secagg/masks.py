@@ -12,8 +12,10 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from .keys import agree, derive
+from .slices import over_slices
 
 _BLOCK = 1 << 17  # words; half a megabyte of vector and as much of keystream, in the L2 cache
+_WORDS = 4  # of a block of the cipher
 
 
 class Mask(NamedTuple):
@@ -35,14 +37,20 @@ def add_masks(vector: np.ndarray, masks: Sequence[Mask]) -> None:
         vector: [d] little-endian uint32, writeable.
         masks: Any number of them; each costs about as much as the cipher alone.
     """
+    over_slices(len(vector), lambda part: _add(vector[part], masks, part.start))
+
+
+def _add(vector: np.ndarray, masks: Sequence[Mask], start: int) -> None:
+    """Adds the masks' words from `start` on, a multiple of the cipher's block."""
+    counter = (start // _WORDS).to_bytes(16, "big")
     streams = [
-        (Cipher(algorithms.AES(mask.key), modes.CTR(bytes(16))).encryptor(), mask.negative)
+        (Cipher(algorithms.AES(mask.key), modes.CTR(counter)).encryptor(), mask.negative)
         for mask in masks
     ]
-    zeros = bytes(4 * _BLOCK)
-    buffer = np.empty(_BLOCK, dtype="<u4")
-    for start in range(0, len(vector), _BLOCK):
-        part = vector[start : start + _BLOCK]
+    zeros = bytes(4 * min(_BLOCK, len(vector)))
+    buffer = np.empty(min(_BLOCK, len(vector)), dtype="<u4")
+    for begin in range(0, len(vector), _BLOCK):
+        part = vector[begin : begin + _BLOCK]
         keystream = buffer[: len(part)]
         room = keystream.data.cast("B")
         for stream, negative in streams:

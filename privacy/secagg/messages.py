@@ -5,13 +5,16 @@ each round Deals, Opening < Upload >, Uploaders < Confirmation >, Confirmations 
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from typing import Annotated, ClassVar
 
 import numpy as np
 
-from .encoding import Bytes, Hash, Index, Key, Many, Number, Signature, Words
+from .encoding import Bytes, Hash, Index, Key, Keys, Many, Number, Signature, Words
 from .errors import ForgedSignatureError, ReusedKeyError
 from .keys import NONCE_BYTES, TAG_BYTES, digest, is_signed
+from .slices import over_slices
 from .terms import MAX_ROUNDS, MAX_SITES, Setup, Sites
 
 _MOST_SHARES = 32 * MAX_ROUNDS + TAG_BYTES
@@ -54,7 +57,7 @@ class Advertisement:
     Attributes:
         site: Whose.
         setup: Hash of the set-up that they are for.
-        channel: X25519 key that shares are sealed with.
+        channel: X25519 key that shares are sealed for.
         masks: X25519 keys, one an attempt at a round.
         signature: By the site's identity, over all of it.
 
@@ -67,7 +70,7 @@ class Advertisement:
     site: Index
     setup: Hash
     channel: Key
-    masks: Annotated[tuple[Key, ...], Many(1, MAX_ROUNDS)]
+    masks: Annotated[tuple[bytes, ...], Keys(1, MAX_ROUNDS)]
     signature: Signature
 
     def __post_init__(self) -> None:
@@ -90,10 +93,18 @@ class Roster:
 
     advertisements: Annotated[tuple[Advertisement, ...], Many(1, MAX_SITES, ascending=True)]
 
-    def digest(self, setup: Setup) -> bytes:
-        """The context of what is sealed and signed until the first round."""
-        statements = (advertised.statement() for advertised in self.advertisements)
-        return digest("roster", setup.digest(), *statements)
+    @cached_property
+    def sites(self) -> tuple[int, ...]:
+        """Who is on it."""
+        return tuple(advertised.site for advertised in self.advertisements)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The context of what is sealed and signed until the first round.
+
+        The set-up is in it with each advertisement.
+        """
+        return digest("roster", *(advertised.statement() for advertised in self.advertisements))
 
 
 @dataclass(frozen=True)
@@ -102,21 +113,22 @@ class Deal:
 
     Attributes:
         site: Whose.
-        roster: Hash of the roster.
-        shares: One for every other site on it.
-        signature: By the site's identity, over all of it.
+        channel: X25519 key that these shares are sealed with, and nothing else: once its private
+            half is gone, the site itself could not open them.
+        shares: One for every other site on the roster.
+        signature: By the site's identity, over all of it and the roster.
     """
 
     KIND: ClassVar[int] = 4
 
     site: Index
-    roster: Hash
+    channel: Key
     shares: Shares
     signature: Signature
 
     def dealt(self) -> "Dealt":
         """What stands for it where the shares are not."""
-        return Dealt(self.site, digest_of_shares(self.shares), self.signature)
+        return Dealt(self.site, self.channel, digest_of_shares(self.shares), self.signature)
 
 
 @dataclass(frozen=True)
@@ -126,12 +138,13 @@ class Dealt:
     KIND: ClassVar[int] = 12
 
     site: Index
+    channel: Key
     shares: Hash
     signature: Signature
 
     def statement(self, roster: bytes) -> bytes:
         """What is signed."""
-        return digest("deal", roster, bytes([self.site]), self.shares)
+        return digest("deal", roster, bytes([self.site]), self.channel, self.shares)
 
 
 @dataclass(frozen=True)
@@ -139,14 +152,12 @@ class Deals:
     """What a site gets of the others' deals; whose is here (and its own) is a member.
 
     Attributes:
-        roster: Hash of the roster.
         dealt: Every member's word, ascending.
         shares: The other members' shares for this site.
     """
 
     KIND: ClassVar[int] = 6
 
-    roster: Hash
     dealt: Annotated[tuple[Dealt, ...], Many(1, MAX_SITES, ascending=True)]
     shares: Annotated[tuple[SealedShare, ...], Many(1, MAX_SITES)]
 
@@ -160,6 +171,7 @@ class Uploaded:
         context: The round's.
         vector: Hash of the masked vector.
         seed: Hash of the self-mask seed, by which a wrongly rebuilt one is noticed.
+        channel: X25519 key that the shares are sealed with, as in a Deal.
         shares: Hash of the sealed shares.
         ledger_count: Entries of the site's ledger, this round's debit among them.
         ledger_head: Its head hash.
@@ -172,6 +184,7 @@ class Uploaded:
     context: Hash
     vector: Hash
     seed: Hash
+    channel: Key
     shares: Hash
     ledger_count: Annotated[int, Number(8)]
     ledger_head: Hash
@@ -180,8 +193,8 @@ class Uploaded:
     def statement(self) -> bytes:
         """What is signed."""
         ledger = self.ledger_count.to_bytes(8, "big") + self.ledger_head
-        site, context = bytes([self.site]), self.context
-        return digest("upload", context, site, self.vector, self.seed, self.shares, ledger)
+        own = bytes([self.site]), self.vector, self.seed, self.channel, self.shares
+        return digest("upload", self.context, *own, ledger)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,8 +215,9 @@ class Upload:
 
 
 def digest_of_vector(context: bytes, vector: np.ndarray) -> bytes:
-    """What stands for a masked vector in what is signed."""
-    return digest("vector", context, vector.data.cast("B"))
+    """What stands for a masked vector in what is signed: the hash of its slices' hashes."""
+    slices = over_slices(len(vector), lambda part: sha256(vector[part].data).digest())
+    return digest("vector", context, len(vector).to_bytes(8, "big"), *slices)
 
 
 def digest_of_seed(context: bytes, site: int, seed: bytes) -> bytes:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..noise import Coins
 from .errors import UnsafeNumbersError
+from .slices import SLICE, over_slices
 
 _BLOCK = 1 << 15  # coordinates at a time: the scratch stays in cache
 _NOISE_TAIL = 12  # standard deviations; beyond them a normal has less than 1e-32
@@ -35,17 +36,21 @@ def saturation(sites: int, sigma: float) -> int:
     return int(bound)
 
 
-def quantise(values: np.ndarray, scale: float, bound: int, coins: Coins) -> np.ndarray:
-    """Scales, rounds stochastically, saturates; the coins are the site's own and secret.
+def quantise(
+    values: np.ndarray, scale: float, bound: int, coins: Coins, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Scales, saturates, rounds stochastically; the coins are the site's own and secret.
 
     A coordinate is rounded up with the probability of its fraction (to 2^-32), independently of
-    the others, and is not drawn again.
+    the others, and is not drawn again. No finite value makes it fail, whatever the scale.
 
     Args:
         values: [d] float32 or float64.
         scale: Steps of the grid for one unit.
         bound: See `saturation`.
-        coins: Half a word for each coordinate.
+        coins: Give a key for each slice, of which come 32 bits for each coordinate.
+        out: [d] uint32 to write to; `values.view("<u4")` of float32 values overwrites these, which
+            saves a second vector.
 
     Returns:
         [d] uint32: the integers modulo 2^32.
@@ -53,18 +58,36 @@ def quantise(values: np.ndarray, scale: float, bound: int, coins: Coins) -> np.n
     Raises:
         ValueError: A value is not finite: it must be made so before the sum is clipped.
     """
-    words = np.empty(len(values), dtype="<u4")
-    for start in range(0, len(values), _BLOCK):
-        scaled = values[start : start + _BLOCK] * np.float64(scale)
-        if not np.isfinite(scaled).all():
-            raise ValueError("values: are not all finite; zero the others before clipping")
-        below = np.floor(scaled)
-        scaled -= below  # the fraction, in [0, 1]
-        draws = coins.words((len(scaled) + 1) // 2).view(np.uint32)[: len(scaled)]
-        below += draws * 2.0**-32 < scaled
-        np.clip(below, -bound, bound, out=below)
-        words[start : start + _BLOCK].view(np.int32)[:] = below
+    words = np.empty(len(values), dtype="<u4") if out is None else out
+    if not all(over_slices(len(values), lambda part: bool(np.isfinite(values[part]).all()))):
+        raise ValueError("values: are not all finite; zero the others before clipping")
+    keys = [coins.words(4).tobytes() for _ in range(0, len(values), SLICE)]
+
+    def work(part: slice) -> None:
+        own = Coins(keys[part.start // SLICE])
+        _quantise(values[part], scale, bound, own, words[part])
+
+    over_slices(len(values), work)
     return words
+
+
+def _quantise(
+    values: np.ndarray, scale: float, bound: int, coins: Coins, words: np.ndarray
+) -> None:
+    room = np.empty((3, min(_BLOCK, len(values))))
+    for start in range(0, len(values), _BLOCK):
+        part = values[start : start + _BLOCK]
+        scaled, below, draws = room[:, : len(part)]
+        with np.errstate(over="ignore"):
+            np.multiply(part, scale, out=scaled, dtype=np.float64)
+        # First of all, and without a word: whether a value is beyond it is nobody's business.
+        np.clip(scaled, -bound, bound, out=scaled)
+        np.floor(scaled, out=below)
+        scaled -= below  # the fraction, in [0, 1]
+        halves = coins.words((len(part) + 1) // 2).view(np.uint32)
+        np.multiply(halves[: len(part)], 2.0**-32, out=draws)
+        below += draws < scaled
+        words[start : start + _BLOCK].view(np.int32)[:] = below
 
 
 def dequantise(total: np.ndarray, scale: float) -> np.ndarray:

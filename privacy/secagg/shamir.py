@@ -51,15 +51,12 @@ def split(secret: bytes, threshold: int, count: int, entropy: Entropy) -> list[b
         raise ValueError(f"threshold {threshold}, count {count}: must be 1 <= t <= n <= 255")
     coins = np.frombuffer(entropy(len(secret) * (threshold - 1)), dtype=np.uint8)
     coefficients = coins.reshape(threshold - 1, len(secret))
-    constant = np.frombuffer(secret, dtype=np.uint8)
-    shares = []
-    for point in range(1, count + 1):
-        times_point = _PRODUCT[point]
-        value = np.zeros(len(secret), dtype=np.uint8)
-        for coefficient in coefficients:  # Horner's rule, the highest power first
-            value = times_point[value ^ coefficient]
-        shares.append((value ^ constant).tobytes())
-    return shares
+    rows = 256 * np.arange(1, count + 1)[:, None]  # of the table, by point
+    values = np.zeros((count, len(secret)), dtype=np.uint8)
+    for coefficient in coefficients:  # Horner's rule, the highest power first
+        values = _PRODUCT.ravel().take(rows + (values ^ coefficient))
+    values ^= np.frombuffer(secret, dtype=np.uint8)
+    return [row.tobytes() for row in values]
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:

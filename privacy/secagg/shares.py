@@ -23,11 +23,9 @@ def seal_share(
         content: The share.
         route: Kind, source, destination.
         context: What it belongs to.
-        private: The source's channel key.
-        public: The destination's.
-        entropy: For the nonce. The key serves this one box already (it is derived for the kind,
-            the direction and the context); a random nonce keeps two boxes apart even if a site's
-            state was put back to an older copy.
+        private: A key that the source made for this one message.
+        public: The destination's channel key.
+        entropy: For the nonce. The derived key serves this one box already.
 
     Raises:
         WeakKeyError: The destination's key is none.
@@ -47,7 +45,10 @@ def open_share(
     public: bytes,
     length: int,
 ) -> bytes:
-    """Opens what `seal_share` sealed; `private` is the destination's key, `public` the source's.
+    """Opens what `seal_share` sealed.
+
+    `private` is the destination's channel key, `public` the one that the source signed with the
+    message: the signature says whose the box is.
 
     Raises:
         MisdirectedShareError: It says that it is another kind of share, or another's.

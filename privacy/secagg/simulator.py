@@ -16,8 +16,8 @@ from .errors import SecAggError
 from .keys import Entropy, Identity, digest, system_entropy
 from .messages import Upload
 from .site import Site
-from .terms import Block, Member, Numbers, Opening, Setup
-from .transcript import framed
+from .terms import Block, Floor, Member, Numbers, Opening, Setup
+from .transcript import Kept, framed
 
 MessageT = TypeVar("MessageT", bound=Message)
 SERVER = -1
@@ -74,6 +74,8 @@ class Simulator:
         rounds: R.
         hook: Sees every message, both ways.
         entropy: The sites' secret coins.
+        run: The run.
+        floor: The least that every site asks of the numbers.
         refusals: What a site or the aggregator refused, by the site concerned; it counts as dropped
             from there until the next round.
     """
@@ -83,6 +85,7 @@ class Simulator:
     hook: Hook = deliver
     entropy: Entropy = system_entropy
     run: str = "simulated"
+    floor: Floor = Floor(0, 0, 0)  # noqa: RUF009  it is frozen
     refusals: dict[int, SecAggError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ class Simulator:
         self.sites = [self._site(index) for index in range(self.numbers.n)]
         self.transcript = bytearray()
         self.ledger = 0
-        self.new_epoch(0)
+        self.aggregator = self._aggregator(0, {})
 
     def _site(self, index: int) -> Site:
         return Site(
@@ -102,14 +105,21 @@ class Simulator:
             self.identities[index],
             self.pinned,
             self.stores[index],
+            self.floor,
             self.entropy,
         )
 
     def new_epoch(self, epoch: int) -> None:
         """The aggregator begins anew; the sites stay as they are until they are set up."""
+        self.aggregator = self._aggregator(epoch, self.aggregator.ledgers)
+
+    def _aggregator(self, epoch: int, ledgers: Mapping[str, tuple[int, bytes]]) -> Aggregator:
         roster = tuple(Member(name, self.pinned[name]) for name in self.names)
         setup = Setup(self.run, epoch, roster, self.numbers, self.rounds)
-        self.aggregator = Aggregator(setup, lambda message: self.transcript.extend(framed(message)))
+        return Aggregator(setup, self._keep, ledgers)
+
+    def _keep(self, message: Kept) -> None:
+        self.transcript += framed(message)
 
     def restart(self, index: int) -> None:
         """Kills a site; it comes back with what its store has."""
@@ -149,7 +159,9 @@ class Simulator:
         def upload(site: Site, opening: Opening) -> Upload:
             again = site.open_round(opening, opening.model)
             vector = vectors[self.sites.index(site)].copy()
-            return again or site.upload(vector, self.ledger, digest(f"ledger {self.ledger}"))
+            return again or site.upload(
+                opening, vector, self.ledger, digest(f"ledger {self.ledger}")
+            )
 
         self._ask(dict.fromkeys(aggregator.members, opening), upload, aggregator.add_upload)
         asked = aggregator.close_uploads()

@@ -7,16 +7,20 @@ mask keys of many rounds agreed at once.
 Formal guarantee: a server that deviates in any way, together with up to t_collude sites, learns of
 an honest site's vector nothing beyond the sum, modulo 2^32, over the uploaders of a round: at least
 n_min sites, of which at least n_min - t_collude are honest. It assumes that identities were pinned
-rightly, that X25519, Ed25519, HKDF-SHA256, AES-256 (CTR, GCM) and SHA-256 are what they are taken
-for, that the entropy is secret, and that the store keeps what it has saved and is not put back to
-an older copy.
+rightly, that the site's floor is what its owner meant and blocks were looked at before a round is
+opened (what noise they promise is the policy's business), that X25519, Ed25519, HKDF-SHA256,
+AES-256 (CTR, GCM) and SHA-256 are what they are taken for, that the entropy is secret, and that the
+store serves one site at a time, keeps what it has saved and is not put back to an older copy.
 
 Whatever is sent is saved first. Each method may be called again with what it was called with: it
-answers with the same bytes, or refuses; a refusal changes nothing.
+answers with the same bytes, or refuses; a refusal changes nothing that is kept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
+from threading import Lock
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -30,11 +34,12 @@ from .errors import (
     SecondUnmaskError,
     SplitViewError,
     StaleEpochError,
+    StateInUseError,
     TwoVectorsError,
     WrongPhaseError,
     WrongRoundError,
 )
-from .keys import Entropy, Identity, digest, public_of, system_entropy
+from .keys import Entropy, Identity, digest, in_keys, public_of, system_entropy
 from .masks import Mask, add_masks, pair_mask, self_mask
 from .messages import (
     Advertisement,
@@ -57,7 +62,7 @@ from .messages import (
 from .shamir import split
 from .shares import MASK_KEYS, SEED, open_share, seal_share
 from .state import CurrentRound, Held, OpenEpoch, SiteState, Store
-from .terms import Opening, Setup
+from .terms import Floor, Opening, Setup
 from .views import (
     check_confirmed,
     check_current,
@@ -70,8 +75,31 @@ from .views import (
 _NO_SIGNATURE = bytes(64)
 
 
+_Arguments = ParamSpec("_Arguments")
+_Answer = TypeVar("_Answer")
+
+
+def _alone(
+    step: Callable[Concatenate["Site", _Arguments], _Answer],
+) -> Callable[Concatenate["Site", _Arguments], _Answer]:
+    """One step at a time: two at once could answer two ways. The second one is refused."""
+
+    @wraps(step)
+    def guarded(
+        site: "Site", /, *arguments: _Arguments.args, **named: _Arguments.kwargs
+    ) -> _Answer:
+        if not site._busy.acquire(blocking=False):  # noqa: SLF001  it is the site's own
+            raise StateInUseError(f"{site.name}: is in another step, expected one at a time")
+        try:
+            return step(site, *arguments, **named)
+        finally:
+            site._busy.release()  # noqa: SLF001
+
+    return guarded
+
+
 class Site:
-    """One site in one run. Not to be shared between threads; the store keeps processes apart."""
+    """One site in one run."""
 
     def __init__(
         self,
@@ -80,6 +108,7 @@ class Site:
         identity: Identity,
         pinned: Mapping[str, bytes],
         store: Store,
+        floor: Floor,
         entropy: Entropy = system_entropy,
     ) -> None:
         """Takes up where the store says that the site was.
@@ -90,19 +119,23 @@ class Site:
             identity: The site's own.
             pinned: Public identities by name, as they came out of band; never from the server.
             store: Where the state is kept.
+            floor: The least that the site's owner asks of the numbers.
             entropy: Secret coins.
 
         Raises:
             LostStateError: The store holds no state of this site and run.
         """
         self.name, self._run, self._identity, self._pinned = name, run, identity, pinned
-        self._store, self._entropy = store, entropy
+        self._store, self._floor, self._entropy = store, floor, entropy
+        self._busy = Lock()
         self._sent: Upload | None = None  # a vector is kept in memory only, for as long as it may
-        saved = store.load()
-        self._state = SiteState(name, run) if saved is None else _read_state(saved, name, run)
+        self._saved = store.load()
+        fresh = self._saved is None
+        self._state = SiteState(name, run) if fresh else _read_state(self._saved or b"", name, run)
 
     # Set-up, once an epoch.
 
+    @_alone
     def advertise(self, setup: Setup) -> Advertisement:
         """Begins an epoch: fresh keys for its rounds, signed. A former epoch ends, erased.
 
@@ -111,8 +144,10 @@ class Site:
             SwappedIdentityError: A name stands beside another identity than the pinned one.
             StaleEpochError: The epoch is over, or not newer than the one that is open.
             DifferentSetupError: It is another run's.
+            BelowFloorError: The numbers are weaker than the site's owner asks.
         """
         own = check_setup(setup, self._run, self.name, self._pinned)
+        self._floor.check(setup.numbers)
         epoch = self._state.epoch
         if epoch is not None and epoch.setup == setup:
             return epoch.advertisement
@@ -121,13 +156,14 @@ class Site:
             raise StaleEpochError(f"epoch {setup.epoch}: expected {newest} or a later one")
         channel, *masks = (self._entropy(32) for _ in range(1 + setup.rounds))
         public = tuple(public_of(mask) for mask in masks)
-        unsigned = Advertisement(own, setup.digest(), public_of(channel), public, _NO_SIGNATURE)
+        unsigned = Advertisement(own, setup.digest, public_of(channel), public, _NO_SIGNATURE)
         signature = self._identity.sign(unsigned.statement())
         advertisement = replace(unsigned, signature=signature)
         self._save(OpenEpoch(setup, channel, 0, tuple(masks), advertisement))
         self._sent = None
         return advertisement
 
+    @_alone
     def deal(self, roster: Roster) -> Deal:
         """Takes the others' keys and deals each a share of its own mask keys.
 
@@ -146,19 +182,17 @@ class Site:
                 raise DifferentRosterError("roster: is another than the one that was dealt for")
             return epoch.deal
         own, setup = epoch.advertisement.site, epoch.setup
-        context = roster.digest(setup)
+        context = roster.digest
         values = split(b"".join(epoch.masks), setup.numbers.t, setup.numbers.n, self._entropy)
-        shares = tuple(
-            self._sealed(values[other.site], MASK_KEYS, other.site, context, other.channel)
-            for other in roster.advertisements
-            if other.site != own
-        )
-        unsigned = Deal(own, context, shares, _NO_SIGNATURE)
+        others = [other.site for other in roster.advertisements if other.site != own]
+        channel, shares = self._sealed(own, roster, values, others, MASK_KEYS, context)
+        unsigned = Deal(own, channel, shares, _NO_SIGNATURE)
         signature = self._identity.sign(unsigned.dealt().statement(context))
         deal = replace(unsigned, signature=signature)
         self._save(replace(epoch, roster=roster, deal=deal))
         return deal
 
+    @_alone
     def accept(self, deals: Deals) -> None:
         """Takes the others' shares; whoever dealt is a member from here on.
 
@@ -171,19 +205,21 @@ class Site:
         """
         epoch = self._epoch()
         roster = self._roster(epoch)
-        context = roster.digest(epoch.setup)
+        context = roster.digest
         members = check_deals(epoch.setup, roster, deals, self._deal(epoch))
         if epoch.members:
             if epoch.members != members:
                 raise DifferentRosterError(f"members: {members}, expected {epoch.members} as ever")
             return
         length = 32 * epoch.setup.rounds
-        opened = self._opened(deals.shares, members, MASK_KEYS, context, length)
-        held = tuple(Held(owner, _in_keys(value)) for owner, value in opened.items())
+        channels = {dealt.site: dealt.channel for dealt in deals.dealt}
+        opened = self._opened(epoch, deals.shares, channels, MASK_KEYS, context, length)
+        held = tuple(Held(owner, in_keys(value)) for owner, value in opened.items())
         self._save(replace(epoch, members=members, held=held))
 
     # Each round.
 
+    @_alone
     def open_round(self, opening: Opening, model: bytes) -> Upload | None:
         """Begins a round; every one before it is over, its keys and shares are erased.
 
@@ -206,7 +242,7 @@ class Site:
         """
         epoch = self._epoch()
         current = epoch.current
-        roster = self._roster(epoch).digest(epoch.setup)
+        roster = self._roster(epoch).digest
         if (opening.roster, opening.members) != (roster, epoch.members) or not epoch.members:
             raise DifferentRosterError(
                 f"opening: keys {opening.roster.hex()} of members {opening.members}, expected "
@@ -225,53 +261,65 @@ class Site:
             raise WrongRoundError(
                 f"round {opening.round}: expected {last + 1} to {epoch.setup.rounds - 1}"
             )
-        self._sent = None
         self._save(replace(epoch.erased(opening.round), current=CurrentRound(opening)))
+        self._sent = None
         return None
 
-    def upload(self, vector: np.ndarray, ledger_count: int, ledger_head: bytes) -> Upload:
+    @_alone
+    def upload(
+        self, opening: Opening, vector: np.ndarray, ledger_count: int, ledger_head: bytes
+    ) -> Upload:
         """Masks the vector of the round that is open.
 
         Args:
+            opening: The one that the vector was made for.
             vector: [d] uint32, quantised, noised, the blocks one after another. It is masked in
                 place and is the message's from then on.
             ledger_count: Entries of the site's ledger, with this round's debit.
             ledger_head: Its head hash, 32 bytes.
 
         Raises:
+            WrongRoundError: Another round was opened since.
             TwoVectorsError: This round has had its vector.
-            MalformedMessageError: The vector has another form than the opening says.
+            MalformedMessageError: The vector has another form than the opening says, or count and
+                head are none.
             WeakKeyError: A member's key is none.
         """
         epoch, current = self._current()
+        if current.opening != opening:
+            raise WrongRoundError(
+                f"vector: is of round {opening.round}, expected {current.opening.round} as opened "
+                "since, on its own terms"
+            )
         if current.uploaded is not None:
             raise TwoVectorsError(
                 f"round {current.opening.round}: its vector was sent, expected a new round; two "
                 "under the same masks would show their difference"
             )
-        _check_vector(vector, current.opening.length)
-        own, context = epoch.advertisement.site, current.opening.context()
+        _check_vector(vector, opening.length)
+        own, context = epoch.advertisement.site, opening.context
         seed = self._entropy(32)
-        masks = [self_mask(seed, context, own), *self._pair_masks(epoch, current.opening)]
+        masks = [self_mask(seed, context, own), *self._pair_masks(epoch, opening)]
         values = split(seed, epoch.setup.numbers.t, epoch.setup.numbers.n, self._entropy)
-        channels = self._channels(epoch)
-        shares = tuple(
-            self._sealed(values[other], SEED, other, context, channels[other])
-            for other in epoch.members
-            if other != own
-        )
-        add_masks(vector, masks)
-        vector.flags.writeable = False
+        others = [member for member in epoch.members if member != own]
+        roster = self._roster(epoch)
+        channel, shares = self._sealed(own, roster, values, others, SEED, context)
         unsigned = Uploaded(
             own,
             context,
-            digest_of_vector(context, vector),
+            bytes(32),
             digest_of_seed(context, own, seed),
+            channel,
             digest_of_shares(shares),
             ledger_count,
             ledger_head,
             _NO_SIGNATURE,
         )
+        encode(unsigned)  # what has no place in it is refused while the vector is whole
+        masked = vector.view()
+        vector.flags.writeable = False  # from here on it is the message's, whatever happens
+        add_masks(masked, masks)
+        unsigned = replace(unsigned, vector=digest_of_vector(context, vector))
         uploaded = replace(unsigned, signature=self._identity.sign(unsigned.statement()))
         upload = Upload(vector, uploaded, shares)
         seeds = (Share(own, values[own]),)
@@ -279,6 +327,7 @@ class Site:
         self._sent = upload
         return upload
 
+    @_alone
     def confirm(self, uploaders: Uploaders) -> Confirmation:
         """Takes the set U of those in the sum, and signs it; one set a round.
 
@@ -295,7 +344,7 @@ class Site:
         epoch, current = self._current()
         if current.uploaded is None:
             raise WrongPhaseError("uploaders: this site has sent no vector, expected an upload")
-        own, context = epoch.advertisement.site, current.opening.context()
+        own, context = epoch.advertisement.site, current.opening.context
         check_current(current.opening, uploaders.round, uploaders.context, "uploaders")
         check_uploaders(epoch.setup, epoch.members, own, context, uploaders)
         if current.confirmation is not None:
@@ -304,7 +353,8 @@ class Site:
                     f"uploaders: {uploaders.uploaders}, expected {current.uploaders} as confirmed"
                 )
             return current.confirmation
-        opened = self._opened(uploaders.shares, uploaders.uploaders, SEED, context, 32)
+        channels = {uploaded.site: uploaded.channel for uploaded in uploaders.uploaded}
+        opened = self._opened(epoch, uploaders.shares, channels, SEED, context, 32)
         seeds = (*current.seeds, *(Share(owner, value) for owner, value in opened.items()))
         statement = statement_on_uploaders(context, uploaders.uploaders)
         confirmation = Confirmation(own, context, self._identity.sign(statement))
@@ -318,6 +368,7 @@ class Site:
         self._sent = None  # the server has it: this site is in U
         return confirmation
 
+    @_alone
     def unmask(self, confirmations: Confirmations) -> Unmasking:
         """Gives its shares, once t of U have signed the very U that it has signed itself.
 
@@ -345,7 +396,7 @@ class Site:
                     "expected a new round"
                 )
             return current.unmasking
-        own, context = epoch.advertisement.site, opening.context()
+        own, context = epoch.advertisement.site, opening.context
         check_confirmed(epoch.setup, uploaders, context, confirmations.confirmations)
         dropped = (member for member in epoch.members if member not in uploaders)
         masks = tuple(Share(owner, epoch.share_of(owner, opening.round)) for owner in dropped)
@@ -355,6 +406,7 @@ class Site:
         self._save(replace(epoch.erased(opening.round + 1), current=after))
         return unmasking
 
+    @_alone
     def end_epoch(self) -> None:
         """Erases all that is left of the epoch; it is never opened again."""
         if self._state.epoch is not None:
@@ -366,8 +418,14 @@ class Site:
         """What is sent afterwards rests on what is saved here."""
         over = self._state.ended if ended is None else ended
         state = replace(self._state, ended=over, epoch=epoch)
-        self._store.save(encode(state))
-        self._state = state
+        content = encode(state)
+        if self._store.load() != self._saved:
+            raise StateInUseError(
+                f"state of {self.name}: was changed since this site took it up, expected as it was "
+                "left; take it up anew"
+            )
+        self._store.save(content)
+        self._state, self._saved = state, content
         if epoch is None:
             self._sent = None
 
@@ -408,27 +466,48 @@ class Site:
                 f"round {opening.round}: its vector was sent before this site was restarted and is "
                 "not kept, expected a new round"
             )
-        return self._sent
+        sent = self._sent
+        if sent is not None and (
+            digest_of_vector(opening.context, sent.vector) != sent.uploaded.vector
+        ):
+            raise TwoVectorsError(
+                f"round {opening.round}: its vector was overwritten since it was sent, expected a "
+                "new round"
+            )
+        return sent
 
     def _sealed(
-        self, content: bytes, kind: int, destination: int, context: bytes, public: bytes
-    ) -> SealedShare:
-        epoch = self._epoch()
-        route = (kind, epoch.advertisement.site, destination)
-        return seal_share(content, route, context, epoch.channel, public, self._entropy)
-
-    def _opened(
         self,
-        shares: tuple[SealedShare, ...],
-        sources: tuple[int, ...],
+        own: int,
+        roster: Roster,
+        values: Sequence[bytes],
+        others: Sequence[int],
+        kind: int,
+        context: bytes,
+    ) -> tuple[bytes, tuple[SealedShare, ...]]:
+        """The others' values, sealed with a key that is forgotten here; and its public half."""
+        channels = {advertised.site: advertised.channel for advertised in roster.advertisements}
+        private = self._entropy(32)
+        shares = tuple(
+            seal_share(
+                values[other], (kind, own, other), context, private, channels[other], self._entropy
+            )
+            for other in others
+        )
+        return public_of(private), shares
+
+    @staticmethod
+    def _opened(
+        epoch: OpenEpoch,
+        shares: Sequence[SealedShare],
+        channels: Mapping[int, bytes],
         kind: int,
         context: bytes,
         length: int,
     ) -> dict[int, bytes]:
-        """What each of the other sources sealed for this site, in their order."""
-        epoch = self._epoch()
-        own, channels = epoch.advertisement.site, self._channels(epoch)
-        others = [source for source in sources if source != own]
+        """What each of the other sources, by their channels, sealed for this site."""
+        own = epoch.advertisement.site
+        others = [source for source in channels if source != own]
         if len(shares) != len(others):
             raise MalformedMessageError(f"shares: {len(shares)}, expected {len(others)}, one each")
         return {
@@ -438,11 +517,8 @@ class Site:
             for source, share in zip(others, shares, strict=True)
         }
 
-    def _channels(self, epoch: OpenEpoch) -> dict[int, bytes]:
-        return {a.site: a.channel for a in self._roster(epoch).advertisements}
-
     def _pair_masks(self, epoch: OpenEpoch, opening: Opening) -> list[Mask]:
-        own, context = epoch.advertisement.site, opening.context()
+        own, context = epoch.advertisement.site, opening.context
         private = epoch.mask_key(opening.round)
         return [
             pair_mask(private, other.masks[opening.round], context, own, other.site)
@@ -461,10 +537,6 @@ def _read_state(saved: bytes, name: str, run: str) -> SiteState:
             f"state: is of {state.site} in run {state.run}, expected {name} in {run}"
         )
     return state
-
-
-def _in_keys(value: bytes) -> tuple[bytes, ...]:
-    return tuple(value[start : start + 32] for start in range(0, len(value), 32))
 
 
 def _check_vector(vector: np.ndarray, length: int) -> None:

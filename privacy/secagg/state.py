@@ -1,13 +1,14 @@
 """What a site must not forget: its keys, what it holds of others, and what it has sent."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Protocol
 
-from .encoding import Bytes, Index, Key, Many, Name, Number
+from .encoding import Bytes, Index, Key, Keys, Many, Name, Number
+from .errors import LostStateError
 from .messages import Advertisement, Confirmation, Deal, Roster, Share, Unmasking, Uploaded
 from .terms import MAX_ROUNDS, MAX_SITES, Opening, Setup, Sites
 
-_Secrets = Annotated[tuple[Key, ...], Many(0, MAX_ROUNDS)]
+_Secrets = Annotated[tuple[bytes, ...], Keys(0, MAX_ROUNDS)]
 _SeedShares = Annotated[tuple[Share, ...], Many(0, MAX_SITES, ascending=True)]
 
 
@@ -18,7 +19,7 @@ class Store(Protocol):
         """What was saved last, or nothing if nothing ever was."""
 
     def save(self, content: bytes) -> None:
-        """Replaces what was saved, durably before it returns; or raises and replaces nothing."""
+        """Replaces what was saved, durably before it returns; or raises: then either is there."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Held:
     """The shares that a site holds of another's mask keys, a round each."""
 
     owner: Index
-    shares: _Secrets
+    shares: _Secrets = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class OpenEpoch:
     """
 
     setup: Setup
-    channel: Key
+    channel: Key = field(repr=False)
     first: Annotated[int, Number(2)]
-    masks: _Secrets
+    masks: _Secrets = field(repr=False)
     advertisement: Advertisement
     roster: Roster | None = None
     deal: Deal | None = None
@@ -83,12 +84,17 @@ class OpenEpoch:
 
     def mask_key(self, number: int) -> bytes:
         """This site's private mask key of a round."""
-        return self.masks[number - self.first]
+        return self.masks[self._place(number)]
 
     def share_of(self, owner: int, number: int) -> bytes:
         """Its share of another's."""
         (held,) = (held for held in self.held if held.owner == owner)
-        return held.shares[number - self.first]
+        return held.shares[self._place(number)]
+
+    def _place(self, number: int) -> int:
+        if number < self.first:
+            raise LostStateError(f"round {number}: its keys are erased, expected {self.first} on")
+        return number - self.first
 
     def erased(self, before: int) -> "OpenEpoch":
         """Without the keys and shares of rounds before this one."""

@@ -7,11 +7,13 @@ signature, associated data and key derivation has one of them in it, the last wh
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal, get_args
 
 from ...config import ConfigError
 from .encoding import MAX_WORDS, Hash, Index, Key, Many, Name, Number, Real, encode
 from .errors import (
+    BelowFloorError,
     LoweredThresholdError,
     TooFewSitesError,
     TooManyColludersError,
@@ -23,6 +25,8 @@ from .shamir import MAX_POINTS
 
 MAX_SITES = MAX_POINTS  # the graph is full: it is meant for about a hundred
 MAX_ROUNDS = 4096
+MAX_EPOCH = 2**32 - 2  # the one after it has a number, too
+MAX_SCALE = 2.0**31  # steps for one unit: a finer grid than the 32 bits have is none
 Sites = Annotated[tuple[Index, ...], Many(0, MAX_SITES, ascending=True)]
 """A set of sites, by their places on the roster."""
 
@@ -56,6 +60,10 @@ class Numbers:
     t_collude: Index
 
     def __post_init__(self) -> None:
+        for name in ("n", "t", "n_min", "t_collude"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise UnsafeNumbersError(f"{name} = {value!a}: expected a whole number >= 0")
         least = least_threshold(self.n, self.t_collude)
         if not 2 <= self.n <= MAX_SITES:
             raise UnsafeNumbersError(f"n = {self.n}: expected 2 to {MAX_SITES} sites")
@@ -91,9 +99,40 @@ class Numbers:
         return sigma / math.sqrt(self.n_min - self.t_collude)
 
 
+@dataclass(frozen=True)
+class Floor:
+    """The least that a site's owner asks of any set-up; the server can only offer more.
+
+    Attributes:
+        sites: Smallest roster.
+        uploaders: Smallest n_min.
+        t_collude: So many colluders it must be safe against at least.
+    """
+
+    sites: int = 3
+    uploaders: int = 3
+    t_collude: int = 1
+
+    def check(self, numbers: Numbers) -> None:
+        """The numbers are no weaker.
+
+        Raises:
+            BelowFloorError: One is.
+        """
+        asked = {
+            "n": (numbers.n, self.sites),
+            "n_min": (numbers.n_min, self.uploaders),
+            "t_collude": (numbers.t_collude, self.t_collude),
+        }
+        for name, (found, least) in asked.items():
+            if found < least:
+                raise BelowFloorError(
+                    f"{name} = {found}: expected at least {least}, as this site's policy asks"
+                )
+
+
 Encryption = Literal["none", "sealed", "secagg"]
-_NEEDS_SECAGG = ("distributed",)
-_MECHANISMS = ("none", "central", "local", "site", *_NEEDS_SECAGG)
+_MECHANISMS = ("none", "central", "local", "site", "distributed")
 
 
 def check_encryption(mechanism: str, encryption: Encryption, numbers: Numbers | None) -> None:
@@ -115,12 +154,15 @@ def check_encryption(mechanism: str, encryption: Encryption, numbers: Numbers | 
     """
     if mechanism not in _MECHANISMS:
         raise ConfigError(f"privacy.mechanism = {mechanism}: expected {', '.join(_MECHANISMS)}")
+    if encryption not in get_args(Encryption):
+        expected = ", ".join(get_args(Encryption))
+        raise ConfigError(f"aggregation.encryption = {encryption}: expected {expected}")
     if (encryption == "secagg") != (numbers is not None):
         raise ConfigError(
             f"aggregation.encryption = {encryption}: n, t, n_min, t_collude go with "
             "secagg, and only with it"
         )
-    if mechanism in _NEEDS_SECAGG and numbers is None:
+    if mechanism == "distributed" and numbers is None:
         raise ConfigError(
             f"aggregation.encryption = {encryption}: privacy.mechanism = {mechanism} adds a share "
             "of the noise at each site, which protects nothing but their sum; set it to secagg"
@@ -172,9 +214,12 @@ class Setup:
             )
         if len({member.identity for member in self.roster}) != len(self.roster):
             raise UnsafeNumbersError("roster: two names have one identity; expected one each")
+        if not 0 <= self.epoch <= MAX_EPOCH:
+            raise UnsafeNumbersError(f"epoch = {self.epoch}: expected 0 to {MAX_EPOCH}")
         if not 1 <= self.rounds <= MAX_ROUNDS:
             raise UnsafeNumbersError(f"rounds = {self.rounds}: expected 1 to {MAX_ROUNDS}")
 
+    @cached_property
     def digest(self) -> bytes:
         """The set-up's part of every context."""
         return digest("setup", encode(self))
@@ -211,7 +256,7 @@ class Block:
         ranges = {
             "length": 1 <= self.length <= MAX_WORDS,
             "sensitivity": self.sensitivity > 0,
-            "scale": self.scale > 0,
+            "scale": 0 < self.scale <= MAX_SCALE,
             "sigma": self.sigma >= 0,
             "sampling_rate": 0 < self.sampling_rate <= 1,
         }
@@ -219,7 +264,8 @@ class Block:
             if not holds:
                 raise UnsafeNumbersError(
                     f"block {self.name}.{field} = {getattr(self, field)}: expected > 0 (sigma >= "
-                    f"0), at most {MAX_WORDS} coordinates, a rate of at most 1"
+                    f"0), at most {MAX_WORDS} coordinates, a scale of at most 2^31, a rate of at "
+                    "most 1"
                 )
 
     def saturation(self, numbers: Numbers) -> int:
@@ -263,6 +309,7 @@ class Opening:
         """Coordinates of the whole vector."""
         return sum(block.length for block in self.blocks)
 
+    @cached_property
     def context(self) -> bytes:
         """What everything in this round is bound to."""
         return digest("round", encode(self))

@@ -1,9 +1,11 @@
 """The signed public messages of a run's secure sums: kept by the server, verified by an auditor.
 
 A transcript holds no vector, no share and no ciphertext, so it may be shown to whoever may know who
-took part. It shows that the sites themselves agreed on numbers, keys, models and uploaders, and
-which ledger entries they signed; it does not show that nothing was cut off its end: hold its last
-round against the run's.
+took part. Of each sum that it says was released it shows that the sites themselves agreed on
+numbers, keys, model and uploaders, and which ledger entries they signed. The server kept it, and
+could leave out whole epochs, the end, and what came of a round: that a round has no sum, or who
+uploaded where nobody confirmed, is its word. Hold the ledgers against it, whose counts go up with
+each upload.
 """
 
 from collections.abc import Iterator, Mapping
@@ -229,14 +231,14 @@ class _Reading:
         members = tuple(sorted(epoch.dealt))
         check_members(epoch.setup, members, "members")
         if epoch.roster is None or (message.roster, message.members) != (
-            epoch.roster.digest(epoch.setup),
+            epoch.roster.digest,
             members,
         ):
             raise DifferentRosterError(f"opening: of members {message.members}, expected {members}")
-        last = -1 if epoch.opening is None else epoch.opening.round
-        if not last < message.round < epoch.setup.rounds:
+        following = 0 if epoch.opening is None else epoch.opening.round + 1
+        if message.round != following or following >= epoch.setup.rounds:
             raise WrongRoundError(
-                f"round {message.round}: expected {last + 1} to {epoch.setup.rounds - 1}"
+                f"round {message.round}: expected {following}, of {epoch.setup.rounds} in the epoch"
             )
         self._end_round(epoch)
         epoch.opening, epoch.released = message, None
@@ -245,7 +247,7 @@ class _Reading:
     def _in_round(self, epoch: _Epoch, message: Uploaded | Confirmation | Released) -> None:
         if epoch.opening is None or epoch.released is not None:
             raise WrongPhaseError(f"{type(message).__name__}: expected an Opening first")
-        context = epoch.opening.context()
+        context = epoch.opening.context
         if isinstance(message, Uploaded):
             if epoch.confirmed:
                 raise WrongPhaseError("upload: expected none once uploaders were confirmed")

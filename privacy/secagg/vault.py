@@ -40,15 +40,22 @@ class Vault:
         self._path, self._key = path, key
         self._about = digest("vault", site.encode(), run.encode())
         try:
-            self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._lock: int | None = os.open(
+                f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
+            )
         except OSError as error:
             raise LostStateError(f"{path}: {error.strerror}; check the path and the disk") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
+        except BlockingIOError:
+            self.close()
             raise StateInUseError(
                 f"{path}: another process holds it; wait, or stop that one"
+            ) from None
+        except OSError as error:
+            self.close()
+            raise LostStateError(
+                f"{path}: its disk has no locks ({error.strerror}); keep it on a local one"
             ) from None
 
     def load(self) -> bytes | None:
@@ -57,7 +64,9 @@ class Vault:
         Raises:
             LostStateError: The file is not as it was saved, is another site's or run's, or cannot
                 be read.
+            StateInUseError: It is closed.
         """
+        self._check_open()
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
@@ -80,8 +89,11 @@ class Vault:
         """Replaces what was saved, durably before it returns.
 
         Raises:
-            LostStateError: The disk refuses; what was saved before is there still.
+            LostStateError: The disk refuses; there is what was saved before or, if only the sync of
+                the folder failed, this.
+            StateInUseError: It is closed.
         """
+        self._check_open()
         nonce = system_entropy(NONCE_BYTES)
         sealed = _MAGIC + nonce + seal(self._key, nonce, content, self._about)
         try:
@@ -90,8 +102,14 @@ class Vault:
             raise LostStateError(f"{self._path}: {error.strerror}; check the disk") from None
 
     def close(self) -> None:
-        """Lets go of it."""
-        os.close(self._lock)
+        """Lets go of it, for good; again, it does nothing."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_open(self) -> None:
+        if self._lock is None:
+            raise StateInUseError(f"{self._path}: is closed, expected an open one")
 
     def __enter__(self) -> Self:
         return self

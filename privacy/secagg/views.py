@@ -4,6 +4,7 @@ Each raises an error that is named after the attack that it stops, and changes n
 """
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 from .errors import (
     AliveAndDeadError,
@@ -85,7 +86,7 @@ def check_advertisement(setup: Setup, advertised: Advertisement) -> None:
         raise UnknownSiteError(
             f"advertisement of site {advertised.site}: expected 0 to {setup.numbers.n - 1}"
         )
-    name, ours = setup.name(advertised.site), setup.digest()
+    name, ours = setup.name(advertised.site), setup.digest
     if advertised.setup != ours or len(advertised.masks) != setup.rounds:
         raise DifferentSetupError(
             f"advertisement of {name}: {len(advertised.masks)} round keys for set-up "
@@ -109,13 +110,12 @@ def check_roster(setup: Setup, roster: Roster, own: Advertisement) -> None:
     """
     for advertised in roster.advertisements:
         check_advertisement(setup, advertised)
-    sites = tuple(advertised.site for advertised in roster.advertisements)
-    if own.site not in sites:
+    if own.site not in roster.sites:
         raise UnknownSiteError(f"roster: lacks {setup.name(own.site)}, expected this site's keys")
-    if roster.advertisements[sites.index(own.site)] != own:
+    if own not in roster.advertisements:
         raise SwappedKeysError("roster: has other keys for this site than it made itself")
     check_keys(roster)
-    check_members(setup, sites, "roster")
+    check_members(setup, roster.sites, "roster")
 
 
 def check_keys(roster: Roster) -> None:
@@ -124,9 +124,22 @@ def check_keys(roster: Roster) -> None:
     Raises:
         ReusedKeyError: Two sites have one.
     """
-    keys = [key for a in roster.advertisements for key in (a.channel, *a.masks)]
-    if len(set(keys)) != len(keys):
-        raise ReusedKeyError("roster: two sites have one key, expected each to have its own")
+    known: set[bytes] = set()
+    for advertised in roster.advertisements:
+        check_fresh(known, advertised)
+        known.update((advertised.channel, *advertised.masks))
+
+
+def check_fresh(known: AbstractSet[bytes], advertised: Advertisement) -> None:
+    """None of the keys is another site's.
+
+    Raises:
+        ReusedKeyError: One is.
+    """
+    if not known.isdisjoint((advertised.channel, *advertised.masks)):
+        raise ReusedKeyError(
+            f"advertisement of site {advertised.site}: has another site's key, expected its own"
+        )
 
 
 def check_dealt(setup: Setup, roster: Roster, dealt: Dealt) -> None:
@@ -136,14 +149,13 @@ def check_dealt(setup: Setup, roster: Roster, dealt: Dealt) -> None:
         UnknownSiteError: It is not on it.
         DifferentRosterError: It signed another.
     """
-    if dealt.site not in {advertised.site for advertised in roster.advertisements}:
+    if dealt.site not in roster.sites:
         raise UnknownSiteError(f"deal of {setup.name(dealt.site)}: expected a site of the roster")
-    context = roster.digest(setup)
     identity = setup.roster[dealt.site].identity
-    if not is_signed(identity, dealt.statement(context), dealt.signature):
+    if not is_signed(identity, dealt.statement(roster.digest), dealt.signature):
         raise DifferentRosterError(
             f"deal of {setup.name(dealt.site)}: is signed on another roster, expected "
-            f"{context.hex()}"
+            f"{roster.digest.hex()}"
         )
 
 
@@ -175,9 +187,9 @@ def check_current(opening: Opening, number: int, context: bytes, what: str) -> N
     """
     if number != opening.round:
         raise WrongRoundError(f"{what}: of round {number}, expected {opening.round}")
-    if context != opening.context():
+    if context != opening.context:
         raise DifferentContextError(
-            f"{what}: in context {context.hex()}, expected {opening.context().hex()}; model, "
+            f"{what}: in context {context.hex()}, expected {opening.context.hex()}; model, "
             "blocks or members differ"
         )
 
@@ -252,7 +264,7 @@ def check_uploaded(
 
 
 def check_ledger(setup: Setup, known: tuple[int, bytes], uploaded: Uploaded) -> tuple[int, bytes]:
-    """A site's ledger has grown, or is as it was.
+    """A site's ledger has grown: whatever it sends, it has debited.
 
     Args:
         setup: Whose names are used.
@@ -263,17 +275,16 @@ def check_ledger(setup: Setup, known: tuple[int, bytes], uploaded: Uploaded) -> 
         What it has signed last now.
 
     Raises:
-        RolledBackLedgerError: It has fewer entries, or another head with as many.
+        RolledBackLedgerError: It has no more entries than then.
     """
     count, head = known
-    found = uploaded.ledger_count, uploaded.ledger_head
-    if found[0] < count or (found[0] == count and head and found[1] != head):
+    if uploaded.ledger_count <= count:
         raise RolledBackLedgerError(
-            f"ledger of {setup.name(uploaded.site)}: has {found[0]} entries and head "
-            f"{found[1].hex()}, expected at least {count} on {head.hex()}; an older or another "
-            "copy was put in its place"
+            f"ledger of {setup.name(uploaded.site)}: has {uploaded.ledger_count} entries, expected "
+            f"more than the {count} up to {head.hex()}; an older copy was put in its place, or the "
+            "round was not debited"
         )
-    return found
+    return uploaded.ledger_count, uploaded.ledger_head
 
 
 def check_confirmation(

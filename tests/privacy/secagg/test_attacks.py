@@ -16,6 +16,7 @@ from fedveil.config import ConfigError
 from fedveil.privacy.secagg.encoding import decode, encode
 from fedveil.privacy.secagg.errors import (
     AliveAndDeadError,
+    BelowFloorError,
     DifferentContextError,
     DifferentModelError,
     DifferentRosterError,
@@ -62,7 +63,15 @@ from fedveil.privacy.secagg.messages import (
 from fedveil.privacy.secagg.shamir import combine
 from fedveil.privacy.secagg.shares import MASK_KEYS
 from fedveil.privacy.secagg.simulator import MODEL, Passing, Simulator
-from fedveil.privacy.secagg.terms import Block, Member, Numbers, Opening, Setup, check_encryption
+from fedveil.privacy.secagg.terms import (
+    Block,
+    Floor,
+    Member,
+    Numbers,
+    Opening,
+    Setup,
+    check_encryption,
+)
 from fedveil.privacy.secagg.views import check_confirmed
 
 Session = Callable[..., Simulator]
@@ -122,7 +131,7 @@ class TestSetUp:
         made.new_epoch(1)
 
         def swap(roster: Roster) -> Roster:
-            setup = made.aggregator.setup.digest()
+            setup = made.aggregator.setup.digest
             unsigned = replace(old, setup=setup)
             signature = made.identities[1].sign(unsigned.statement())
             stale = replace(unsigned, signature=signature)
@@ -178,6 +187,25 @@ class TestSetUp:
         with pytest.raises(StaleEpochError, match="epoch 0: expected 1"):
             made.sites[0].advertise(other)
 
+    @pytest.mark.parametrize(
+        ("floor", "match"),
+        [
+            (Floor(5, 3, 1), "n = 4: expected at least 5"),
+            (Floor(3, 4, 1), "n_min = 3: expected at least 4"),
+            (Floor(3, 3, 2), "t_collude = 1: expected at least 2"),
+        ],
+    )
+    def test_a_federation_that_is_shrunk_below_the_sites_floor(
+        self, make_session: Session, floor: Floor, match: str
+    ) -> None:
+        """The server and one site could invite a single other one, and open its vector."""
+        made = make_session()
+        made.sites[1]._floor = floor
+        with pytest.raises(BelowFloorError, match=match):
+            made.sites[1].advertise(made.aggregator.setup)
+        made.sites[1]._floor = Floor(4, 3, 1)
+        made.sites[1].advertise(made.aggregator.setup)
+
     def test_a_threshold_lowered_for_all(self, make_session: Session) -> None:
         setup = make_session().aggregator.setup
         place = encode(setup).index(bytes((4, 3, 3, 1)))
@@ -223,7 +251,7 @@ class TestSetUp:
         own = {i: session.sites[i]._state.epoch for i in range(4)}
         dealt = tuple(e.deal.dealt() for e in own.values() if e is not None and e.deal is not None)
         shares = tuple(s for e in own.values() if e and e.deal for s in e.deal.shares[:1])
-        return Deals(session.aggregator._roster.digest(session.aggregator.setup), dealt, shares)
+        return Deals(dealt, shares)
 
     def test_a_second_roster_for_one_site(self, session: Simulator) -> None:
         roster = session.aggregator._roster
@@ -334,7 +362,7 @@ class TestHostileSitesInSetUp:
 
         def leave_out(deal: Deal) -> Deal:
             unsigned = replace(deal, shares=deal.shares[:2])
-            statement = unsigned.dealt().statement(deal.roster)
+            statement = unsigned.dealt().statement(made.aggregator._roster.digest)
             return replace(unsigned, signature=made.identities[1].sign(statement))
 
         assert isinstance(self.refusal(made, Deal, leave_out), MisdirectedShareError)
@@ -404,7 +432,7 @@ class TestOpening:
         opening = session.aggregator.open_round(MODEL, BLOCKS)
         site = session.sites[0]
         site.open_round(opening, MODEL)
-        site.upload(make_vectors(4)[0], 1, HEAD)
+        site.upload(opening, make_vectors(4)[0], 1, HEAD)
         session.restart(0)
         other = replace(opening, blocks=(replace(BLOCKS[0], sigma=1.0),))
         for again in (opening, other):
@@ -423,7 +451,7 @@ class TestOpening:
         with pytest.raises(SecAggError, match="begin a new one"):
             fresh.open_round(opening, MODEL)
         with pytest.raises(WrongPhaseError, match="no round is open"):
-            session.sites[1].upload(make_vectors(4)[1], 1, HEAD)
+            session.sites[1].upload(opening, make_vectors(4)[1], 1, HEAD)
 
 
 def refused(session: Simulator, make_vectors: Vectors, kind: type, change: Change) -> SecAggError:
@@ -535,8 +563,8 @@ class TestUploaders:
     def next_context(session: Simulator) -> bytes:
         """That of round 1, as the simulator opens it."""
         aggregator = session.aggregator
-        roster = aggregator._roster.digest(aggregator.setup)
-        return Opening(roster, aggregator.members, 1, MODEL, tuple(BLOCKS)).context()
+        roster = aggregator._roster.digest
+        return Opening(roster, aggregator.members, 1, MODEL, tuple(BLOCKS)).context
 
     def test_different_models_for_different_sites(
         self, session: Simulator, make_vectors: Vectors
@@ -794,7 +822,7 @@ class TestHostileSitesInARound:
         assert isinstance(found, ForgedSignatureError)
 
     def test_a_ledger_that_was_rolled_back(self, session: Simulator, make_vectors: Vectors) -> None:
-        """Under three rounds: 5 entries, then 4; then as many with another head."""
+        """After 5 entries come 4; or as many, as if this round had not been debited."""
 
         def signed(upload: Upload, count: int, head: bytes) -> Upload:
             unsigned = replace(upload.uploaded, ledger_count=count, ledger_head=head)
@@ -813,6 +841,18 @@ class TestHostileSitesInARound:
             )
             assert isinstance(found, RolledBackLedgerError)
             assert f"has {count} entries" in str(found)
+
+    def test_a_ledger_that_was_rolled_back_before_a_new_epoch(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        session.ledger = 10
+        session.round(make_vectors(4))
+        session.new_epoch(1)
+        session.set_up()
+        session.ledger = 2
+        with pytest.raises(TooFewSitesError):
+            session.round(make_vectors(4))
+        assert {type(found) for found in session.refusals.values()} == {RolledBackLedgerError}
 
     def test_a_confirmation_of_another_set(self, session: Simulator, make_vectors: Vectors) -> None:
         def other(message: Confirmation) -> Confirmation:
@@ -876,10 +916,10 @@ class TestSplitView:
         """Site 2's vector, if the sites let it happen."""
         places = range(4)
         opening = session.aggregator.open_round(MODEL, BLOCKS)
-        context = opening.context()
+        context = opening.context
         for site in session.sites:
             site.open_round(opening, MODEL)
-        uploads = [session.sites[i].upload(vectors[i].copy(), 1, HEAD) for i in places]
+        uploads = [session.sites[i].upload(opening, vectors[i].copy(), 1, HEAD) for i in places]
 
         def view(members: tuple[int, ...], site: int) -> Uploaders:
             shares = [
@@ -993,6 +1033,9 @@ class TestMechanismsAndEncryptions:
         check_encryption("central", "secagg", Numbers(4, 3, 3, 0))
 
     def test_wrong_calls(self) -> None:
+        unknown: Any = "rot13"
+        with pytest.raises(ConfigError, match=r"encryption = rot13: expected none, sealed, secagg"):
+            check_encryption("local", unknown, None)
         with pytest.raises(ConfigError, match=r"privacy\.mechanism = gauss: expected none, "):
             check_encryption("gauss", "secagg", self.NUMBERS)
         with pytest.raises(ConfigError, match="go with secagg, and only with it"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.secagg import aggregator as aggregator_module
+from fedveil.privacy.secagg import site as site_module
 from fedveil.privacy.secagg import views
 from fedveil.privacy.secagg.encoding import encode
 from fedveil.privacy.secagg.errors import (
@@ -20,9 +21,12 @@ from fedveil.privacy.secagg.errors import (
     MalformedMessageError,
     SecAggError,
     StaleEpochError,
+    StateInUseError,
+    TamperedCiphertextError,
     TooFewConfirmationsError,
     TooFewSitesError,
     TwoVectorsError,
+    UnsafeNumbersError,
     WrongPhaseError,
     WrongRoundError,
     WrongShareError,
@@ -38,12 +42,15 @@ from fedveil.privacy.secagg.messages import (
     Roster,
     Unmasking,
     Upload,
+    Uploaded,
     Uploaders,
 )
 from fedveil.privacy.secagg.shamir import combine
+from fedveil.privacy.secagg.shares import open_share
 from fedveil.privacy.secagg.simulator import MODEL, SERVER, Passing, Simulator
 from fedveil.privacy.secagg.site import Site
 from fedveil.privacy.secagg.terms import Block, Numbers, Opening, Setup, least_threshold
+from fedveil.privacy.secagg.transcript import Kept, verify_transcript
 
 Vectors = Callable[..., dict[int, np.ndarray]]
 Sum = Callable[..., np.ndarray]
@@ -214,11 +221,22 @@ class TestWrongShares:
         vectors = make_vectors(6)
         assert (self.session.round(vectors) == plain_sum(vectors, list(range(6)))).all()
 
+    def test_are_left_out_of_a_hundred_too(self) -> None:
+        """A choice of 67 misses two liars with 0.107: all 2001 fail with less than 1e-98."""
+        sites = tuple(range(100))
+        tries = aggregator_module._choices(sites, 67)
+        assert any(40 not in chosen and 50 not in chosen for chosen in tries)
+        assert next(aggregator_module._choices(sites, 67)) == sites[:67]
+        assert list(aggregator_module._choices(sites[:3], 3)) == [(0, 1, 2)]
+
     def test_never_give_a_wrong_sum(self, make_session: Session, make_vectors: Vectors) -> None:
         self.session = make_session(6, 4, 5, 1)
         self.session.set_up()
         self.session.hook = self.lying({0, 1, 2})
-        with pytest.raises(WrongShareError, match="no 4 of the shares"):
+        with pytest.raises(
+            WrongShareError,
+            match=r"no 4 of the shares of .* give the secret that site-000 committed to",
+        ):
             self.session.round(make_vectors(6))
 
 
@@ -327,20 +345,20 @@ class TestKilledAndAskedAgain:
 
         store.save = full  # type: ignore[method-assign]
         with pytest.raises(LostStateError):
-            site.upload(vector, 1, HEAD)
+            site.upload(opening, vector, 1, HEAD)
         assert store.content == before
         assert (vector != plain).any()
         del store.save
-        upload = site.upload(plain.copy(), 1, HEAD)  # nothing was sent: the vector may be
+        upload = site.upload(opening, plain.copy(), 1, HEAD)  # nothing was sent: the vector may be
         session.aggregator.add_upload(upload)
 
     def test_a_vector_is_sent_once(self, session: Simulator, make_vectors: Vectors) -> None:
         opening = session.aggregator.open_round(MODEL, [Block("sum", 10, 1.0, 1.0, 0.0, 1.0)])
         site = session.sites[1]
         assert site.open_round(opening, MODEL) is None
-        upload = site.upload(make_vectors(4)[1], 1, HEAD)
+        upload = site.upload(opening, make_vectors(4)[1], 1, HEAD)
         with pytest.raises(TwoVectorsError, match="its vector was sent"):
-            site.upload(make_vectors(4)[2], 1, HEAD)
+            site.upload(opening, make_vectors(4)[2], 1, HEAD)
         assert site.open_round(opening, MODEL) is upload
         with pytest.raises(ValueError, match="read-only"):
             upload.vector[0] = 1  # what may be sent again cannot be changed
@@ -361,12 +379,133 @@ def answer(site: Site, message: object, vector: np.ndarray) -> object:
             site.accept(message)
             return None
         case Opening():
-            return site.open_round(message, message.model) or site.upload(vector, 1, HEAD)
+            return site.open_round(message, message.model) or site.upload(message, vector, 1, HEAD)
         case Uploaders():
             return site.confirm(message)
         case Confirmations():
             return site.unmask(message)
     raise TypeError(message)
+
+
+class TestOneAtATime:
+    """Whatever is asked at once, from two objects or after a failure, has one answer."""
+
+    def open(self, session: Simulator) -> Opening:
+        opening = session.aggregator.open_round(MODEL, [Block("sum", 10, 1.0, 1.0, 0.0, 1.0)])
+        for site in session.sites:
+            site.open_round(opening, MODEL)
+        return opening
+
+    def test_a_second_step_at_once_is_refused(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        opening, site = self.open(session), session.sites[1]
+        vectors = make_vectors(4)
+        found: list[SecAggError] = []
+        save = session.stores[1].save
+
+        def meanwhile(content: bytes) -> None:
+            with pytest.raises(StateInUseError, match="is in another step") as caught:
+                site.upload(opening, vectors[2], 1, HEAD)
+            found.append(caught.value)
+            save(content)
+
+        session.stores[1].save = meanwhile  # type: ignore[method-assign]
+        site.upload(opening, vectors[1], 1, HEAD)
+        assert len(found) == 1
+
+    def test_a_twin_on_the_same_store_is_refused(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        """Two objects could sign two sets of uploaders, and a vector would come out."""
+        opening, vectors = self.open(session), make_vectors(4)
+        twin = session._site(1)
+        session.sites[1].upload(opening, vectors[1], 1, HEAD)
+        with pytest.raises(StateInUseError, match="was changed since this site took it up"):
+            twin.upload(opening, vectors[2], 1, HEAD)
+        with pytest.raises(TwoVectorsError):
+            session._site(1).upload(opening, vectors[3], 1, HEAD)
+
+    def test_a_vector_that_was_made_for_another_opening_is_refused(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        """The server opens a round with noise, and another without while the site computes."""
+        first = self.open(session)
+        quiet = [Block("sum", 10, 1.0, 1.0, 9.0, 1.0)]
+        second = session.aggregator.open_round(MODEL, quiet)
+        session.sites[1].open_round(second, MODEL)
+        vector = make_vectors(4)[1]
+        plain = vector.copy()
+        with pytest.raises(WrongRoundError, match="vector: is of round 0, expected 1 as opened"):
+            session.sites[1].upload(first, vector, 1, HEAD)
+        assert (vector == plain).all()
+
+    def test_a_vector_that_was_overwritten_is_not_sent_again(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        opening, base = self.open(session), make_vectors(4)[1]
+        session.sites[1].upload(opening, base[:], 1, HEAD)
+        base[:] = 7777  # the caller's own array: what would go out is plain
+        with pytest.raises(TwoVectorsError, match="was overwritten since it was sent"):
+            session.sites[1].open_round(opening, MODEL)
+
+    @pytest.mark.parametrize(
+        ("count", "head"), [(-1, HEAD), (2**64, HEAD), (True, HEAD), (1, bytes(31)), (1, None)]
+    )
+    def test_a_ledger_that_is_none_is_refused_while_the_vector_is_whole(
+        self,
+        session: Simulator,
+        make_vectors: Vectors,
+        count: Any,  # noqa: ANN401
+        head: Any,  # noqa: ANN401
+    ) -> None:
+        opening, vector = self.open(session), make_vectors(4)[1]
+        plain = vector.copy()
+        with pytest.raises(MalformedMessageError, match="ledger"):
+            session.sites[1].upload(opening, vector, count, head)
+        assert (vector == plain).all()
+        session.sites[1].upload(opening, vector, 1, HEAD)
+
+    def test_masks_that_fail_leave_a_vector_that_is_not_masked_again(
+        self, session: Simulator, make_vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opening, vector = self.open(session), make_vectors(4)[1]
+
+        def fail(words: np.ndarray, masks: object) -> None:
+            words[:5] = 0
+            raise MemoryError
+
+        with monkeypatch.context() as broken:
+            broken.setattr(site_module, "add_masks", fail)
+            with pytest.raises(MemoryError):
+                session.sites[1].upload(opening, vector, 1, HEAD)
+        with pytest.raises(MalformedMessageError, match="expected flat writeable"):
+            session.sites[1].upload(opening, vector, 1, HEAD)
+
+    def test_an_opening_that_is_not_saved_leaves_the_round_before(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        opening, site = self.open(session), session.sites[1]
+        upload = site.upload(opening, make_vectors(4)[1], 1, HEAD)
+        following = session.aggregator.open_round(MODEL, [Block("sum", 10, 1.0, 1.0, 0.0, 1.0)])
+
+        def full(content: bytes) -> None:
+            raise LostStateError("disk: is full")
+
+        session.stores[1].save = full  # type: ignore[method-assign]
+        with pytest.raises(LostStateError):
+            site.open_round(following, MODEL)
+        assert site.open_round(opening, MODEL) is upload
+
+    def test_the_last_epoch_there_can_be_is_erased_too(self, make_session: Session) -> None:
+        made = make_session()
+        made.new_epoch(2**32 - 2)
+        made.set_up()
+        made.sites[0].end_epoch()
+        with pytest.raises(
+            UnsafeNumbersError, match="epoch = 4294967295: expected 0 to 4294967294"
+        ):
+            made.new_epoch(2**32 - 1)
 
 
 class TestErasure:
@@ -421,6 +560,47 @@ class TestErasure:
         session.new_epoch(1)
         session.set_up()
         assert self.kept(session, secrets) == set()
+
+    def test_a_site_cannot_open_what_it_sealed_itself(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        """All of a site's state and all that crossed the network do not give its own past seed."""
+        sent: list[Upload] = []
+
+        def hook(passing: Passing) -> object:
+            if isinstance(passing.message, Upload) and passing.source == 0:
+                sent.append(passing.message)
+            return passing.message
+
+        session.hook = hook
+        session.round(make_vectors(4))
+        epoch = session.sites[0]._state.epoch
+        assert epoch is not None
+        share, context = sent[0].shares[0], sent[0].uploaded.context
+        theirs = session.aggregator._roster.advertisements[share.destination].channel
+        route = (share.kind, share.source, share.destination)
+        with pytest.raises(TamperedCiphertextError):
+            open_share(share, route, context, epoch.channel, theirs, 32)
+        other = session.sites[share.destination]._state.epoch
+        assert other is not None
+        ours = sent[0].uploaded.channel
+        assert len(open_share(share, route, context, other.channel, ours, 32)) == 32
+
+    def test_keys_that_are_erased_are_not_another_rounds(self, session: Simulator) -> None:
+        epoch = session.sites[0]._state.epoch
+        assert epoch is not None
+        later = epoch.erased(2)
+        assert later.mask_key(2) == epoch.mask_key(2)
+        for ask in (later.mask_key, lambda number: later.share_of(1, number)):
+            with pytest.raises(LostStateError, match="round 1: its keys are erased"):
+                ask(1)
+
+    def test_secrets_are_not_printed(self, session: Simulator) -> None:
+        epoch = session.sites[0]._state.epoch
+        assert epoch is not None
+        printed = repr(session.sites[0]._state)
+        secrets = (epoch.channel, *epoch.masks, epoch.share_of(1, 0))
+        assert not any(repr(secret) in printed for secret in secrets)
 
     def test_the_answer_to_unmasking_goes_with_the_next_round(self, make_vectors: Vectors) -> None:
         session, _ = self.session()
@@ -523,7 +703,7 @@ class TestLaterDrop:
     ) -> None:
         monkeypatch.setattr(Advertisement, "__post_init__", lambda _: None)
         monkeypatch.setattr(views, "check_keys", lambda _: None)
-        monkeypatch.setattr(aggregator_module, "check_keys", lambda _: None)
+        monkeypatch.setattr(aggregator_module, "check_fresh", lambda *_: None)
         made = make_session()
         for site in made.sites:
             site._entropy = repeating(site._entropy)
@@ -617,6 +797,46 @@ class TestTheAggregator:
         assert (made.round(vectors) == plain_sum(vectors, [0, 1, 2, 3])).all()
         assert refused == [Advertisement, Deal, Upload, Confirmation, Unmasking]
 
+    def test_a_sum_is_unmasked_whole_or_not_at_all(
+        self,
+        session: Simulator,
+        make_vectors: Vectors,
+        plain_sum: Sum,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(words: np.ndarray, masks: object) -> None:
+            words[:5] = 0
+            raise MemoryError
+
+        vectors = make_vectors(4)
+        with monkeypatch.context() as broken:
+            broken.setattr(aggregator_module, "add_masks", fail)
+            broken.setattr(site_module, "add_masks", add_masks)
+            with pytest.raises(MemoryError):
+                session.round(vectors)
+        with pytest.raises(WrongPhaseError):
+            session.aggregator.total()
+        assert (session.round(vectors) == plain_sum(vectors, [0, 1, 2, 3])).all()
+        (burnt, whole) = verify_transcript(session.transcript, session.pinned).rounds
+        assert burnt.released is None
+        assert whole.released is not None
+
+    def test_what_the_transcript_could_not_keep_does_not_count(
+        self, session: Simulator, make_vectors: Vectors, plain_sum: Sum
+    ) -> None:
+        aggregator, keep = session.aggregator, session._keep
+
+        def full(message: Kept) -> None:
+            if isinstance(message, Uploaded) and message.site == 2:
+                raise LostStateError("disk: is full")
+            keep(message)
+
+        aggregator._keep = full
+        vectors = make_vectors(4)
+        assert (session.round(vectors) == plain_sum(vectors, [0, 1, 3])).all()
+        (record,) = verify_transcript(session.transcript, session.pinned).rounds
+        assert record.uploaders == ("site-000", "site-001", "site-003")
+
     def test_a_vector_of_another_length_is_refused(
         self, session: Simulator, make_vectors: Vectors, plain_sum: Sum
     ) -> None:
@@ -651,9 +871,9 @@ class TestTheAggregator:
         opening = session.aggregator.open_round(MODEL, [Block("sum", 10, 1.0, 1.0, 0.0, 1.0)])
         session.sites[0].open_round(opening, MODEL)
         with pytest.raises(MalformedMessageError, match="vector"):
-            session.sites[0].upload(wrong, 1, HEAD)
+            session.sites[0].upload(opening, wrong, 1, HEAD)
 
     def test_the_model_of_one_session_is_not_that_of_another(self, session: Simulator) -> None:
         assert digest("model of the simulator") == MODEL
         opening = session.aggregator.open_round(MODEL, [Block("sum", 10, 1.0, 1.0, 0.0, 1.0)])
-        assert opening.context() != replace(opening, model=bytes(32)).context()
+        assert opening.context != replace(opening, model=bytes(32)).context

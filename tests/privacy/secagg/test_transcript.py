@@ -119,7 +119,7 @@ class TestWhatItShows:
         total = made.round(make_vectors(4))
         opening = next(m for m in messages(made) if isinstance(m, Opening))
         (record,) = verify_transcript(made.transcript, made.pinned).rounds
-        assert record.released == digest("total", opening.context(), total.tobytes())
+        assert record.released == digest("total", opening.context, total.tobytes())
 
     def test_it_holds_no_vector_share_or_ciphertext(self, finished: Simulator) -> None:
         assert {type(message) for message in messages(finished)} == set(KINDS)
@@ -241,6 +241,12 @@ class TestWhatIsRefused:
 
         self.refused(finished, SplitViewError, change)
 
+    def test_a_whole_round_left_out(self, finished: Simulator) -> None:
+        def change(found: list[Kept]) -> None:
+            del found[first(found, Opening, 1) : first(found, Opening, 2)]
+
+        self.refused(finished, WrongRoundError, change, "round 2: expected 1")
+
     def test_keys_and_deals_out_of_their_time(self, finished: Simulator) -> None:
         def late_key(found: list[Kept]) -> None:
             found.insert(first(found, Dealt) + 1, found[first(found, Advertisement)])
@@ -289,7 +295,7 @@ class TestWhatIsRefused:
         one, two = (made.sites[i].advertise(setup) for i in (0, 1))
         copied = replace(two, masks=one.masks)
         signed = replace(copied, signature=made.identities[1].sign(copied.statement()))
-        dealt = Dealt(0, bytes(32), bytes(64))
+        dealt = Dealt(0, bytes(32), bytes(32), bytes(64))
         with pytest.raises(ReusedKeyError):
             verify_transcript(joined([setup, one, signed, dealt]), made.pinned)
 

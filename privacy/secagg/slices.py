@@ -1,0 +1,25 @@
+"""A long vector's work, shared out over this machine's cores.
+
+The slices have a fixed length, so what is computed does not depend on how many cores there are.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+SLICE = 1 << 20  # words
+ResultT = TypeVar("ResultT")
+
+
+def over_slices(length: int, work: Callable[[slice], ResultT]) -> list[ResultT]:
+    """What `work` gives for each slice, in order; it runs at several at once.
+
+    Ciphers, hashes and numpy let go of the interpreter's lock on blocks of this length.
+    """
+    slices = [slice(start, min(start + SLICE, length)) for start in range(0, length, SLICE)]
+    threads = min(len(slices), len(os.sched_getaffinity(0)))
+    if threads < 2:
+        return [work(part) for part in slices]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, slices))
