@@ -233,7 +233,7 @@ class Many:
 
 
 def _key(item: Any) -> Any:  # noqa: ANN401
-    return getattr(item, fields(item)[0].name) if hasattr(item, "__dataclass_fields__") else item
+    return item if isinstance(item, int) else getattr(item, layout(type(item))[0][0])
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,8 @@ class Keys:
         return 4 + 32 * self.high
 
     def write(self, value: Sequence[bytes], what: str, out: list[Buffer]) -> None:
-        right = isinstance(value, tuple) and all(type(v) is bytes and len(v) == 32 for v in value)
+        right = isinstance(value, tuple) and set(map(type, value)) <= {bytes}
+        right = right and set(map(len, value)) <= {32}
         _check(right, what, type(value).__name__, "a tuple of keys of 32 bytes")
         self._allowed(len(value), what)
         out.append(len(value).to_bytes(4, "big"))

@@ -10,9 +10,10 @@ import numpy as np
 
 from ..noise import Coins
 from .errors import UnsafeNumbersError
-from .slices import SLICE, over_slices
+from .slices import over_slices
 
-_BLOCK = 1 << 15  # coordinates at a time: the scratch stays in cache
+_SLICE = 1 << 20  # coordinates that share a key
+_BLOCK = 1 << 16  # coordinates at a time: the scratch stays in cache
 _NOISE_TAIL = 12  # standard deviations; beyond them a normal has less than 1e-32
 
 
@@ -61,13 +62,13 @@ def quantise(
     words = np.empty(len(values), dtype="<u4") if out is None else out
     if not all(over_slices(len(values), lambda part: bool(np.isfinite(values[part]).all()))):
         raise ValueError("values: are not all finite; zero the others before clipping")
-    keys = [coins.words(4).tobytes() for _ in range(0, len(values), SLICE)]
+    keys = [coins.words(4).tobytes() for _ in range(0, len(values), _SLICE)]
 
     def work(part: slice) -> None:
-        own = Coins(keys[part.start // SLICE])
+        own = Coins(keys[part.start // _SLICE])
         _quantise(values[part], scale, bound, own, words[part])
 
-    over_slices(len(values), work)
+    over_slices(len(values), work, _SLICE)
     return words
 
 

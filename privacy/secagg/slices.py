@@ -8,16 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-SLICE = 1 << 20  # words
+SLICE = 1 << 18  # words, a megabyte
 ResultT = TypeVar("ResultT")
 
 
-def over_slices(length: int, work: Callable[[slice], ResultT]) -> list[ResultT]:
+def over_slices(length: int, work: Callable[[slice], ResultT], size: int = SLICE) -> list[ResultT]:
     """What `work` gives for each slice, in order; it runs at several at once.
 
     Ciphers, hashes and numpy let go of the interpreter's lock on blocks of this length.
     """
-    slices = [slice(start, min(start + SLICE, length)) for start in range(0, length, SLICE)]
+    slices = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     threads = min(len(slices), len(os.sched_getaffinity(0)))
     if threads < 2:
         return [work(part) for part in slices]

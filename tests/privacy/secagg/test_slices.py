@@ -60,17 +60,18 @@ def test_a_hash_is_of_the_slices_hashes(cores: int) -> None:
 
 
 def test_coins_are_of_the_slice(cores: int) -> None:
-    values = np.full(LENGTH, 0.5, dtype=np.float32)
+    size = 1 << 20
+    values = np.full(2 * size + 5, 0.5, dtype=np.float32)
     found = quantise(values, 1.0, 100, Coins(KEY))
     keys = Coins(KEY)
-    for start in (0, SLICE, 2 * SLICE):
+    for start in (0, size, 2 * size):
         own = Coins(keys.words(4).tobytes())
         draws = own.words(4).view(np.uint32)[:5]
         assert found[start : start + 5].tolist() == (draws < 2**31).astype(int).tolist()
 
 
 def test_values_may_be_overwritten(cores: int) -> None:
-    values = np.linspace(-50, 50, LENGTH).astype(np.float32)
+    values = np.linspace(-50, 50, 5 * LENGTH).astype(np.float32)
     expected = quantise(values, 3.0, 100, Coins(KEY))
     found = quantise(values, 3.0, 100, Coins(KEY), out=values.view("<u4"))
     assert np.shares_memory(found, values)
