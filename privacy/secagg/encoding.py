@@ -233,7 +233,10 @@ class Many:
 
 
 def _key(item: Any) -> Any:  # noqa: ANN401
-    return item if isinstance(item, int) else getattr(item, layout(type(item))[0][0])
+    if isinstance(item, int):
+        return item
+    kind: type = type(item)
+    return getattr(item, layout(kind)[0][0])
 
 
 @dataclass(frozen=True)
