@@ -164,10 +164,10 @@ class TimedVault(Vault):
 
     seconds = 0.0
 
-    def save(self, content: bytes) -> None:
+    def replace(self, before: bytes | None, after: bytes) -> None:
         """See `Vault`."""
         began = time.perf_counter()
-        super().save(content)
+        super().replace(before, after)
         self.seconds += time.perf_counter() - began
 
 
@@ -272,9 +272,7 @@ class Session:
             self.sites[index].open_round(opening, MODEL)
         values = self.values[index].copy()  # the site's own sum, which it gives up
         with self.at_site(index, "quantise"):
-            words = quantise(
-                values, self.block.scale, self.bound, self.coins, out=values.view("<u4")
-            )
+            words = quantise(values, self.block.scale, self.bound, self.coins, in_place=True)
         expected += words
         upload: Upload = self.asked(index, Site.upload, opening, words, self.ledger, MODEL)
         return upload

@@ -31,6 +31,7 @@ def transcript(
 ) -> None:
     """Check, offline, what the sites signed in each secure sum; a fault is an error."""
     from ..config import ConfigError
+    from ..privacy.secagg.errors import SecAggError
     from ..privacy.secagg.pins import read_identities
     from ..privacy.secagg.transcript import verify_transcript
 
@@ -39,7 +40,10 @@ def transcript(
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    facts = _facts(verify_transcript(data, pinned))
+    try:
+        facts = _facts(verify_transcript(data, pinned))
+    except SecAggError as error:
+        raise type(error)(f"{path}: {error}") from None
     if as_json:
         typer.echo(json.dumps({"valid": True, **facts}))
         return
@@ -50,10 +54,10 @@ def transcript(
             "the server and {t_collude} colluding sites".format(**epoch)
         )
     for found in facts["rounds"]:
-        outcome = f"sum {found['sum'][:16]}" if found["sum"] else "no sum, says the server"
+        outcome = f"sum {found['sum'][:16]}" if found["sum"] else "no sum"
         typer.echo(
             f"  epoch {found['epoch']} round {found['round']}: {len(found['uploaders'])} uploaded, "
-            f"{len(found['confirmed'])} confirmed, {outcome}"
+            f"{len(found['confirmed'])} confirmed; {outcome}, says the server"
         )
     for site, (count, head) in facts["ledgers"].items():
         typer.echo(f"  {site}: its ledger has {count} entries, head {head[:16]}")

@@ -35,7 +35,8 @@ def test_what_it_says(call: Call, kept: tuple[Path, Path]) -> None:
     lines = result.out.splitlines()
     assert lines[0] == f"{transcript}: every signature holds; run simulated"
     assert lines[1].endswith("safe against the server and 1 colluding sites")
-    assert lines[2].startswith("  epoch 0 round 0: 3 uploaded, 3 confirmed, sum ")
+    assert lines[2].startswith("  epoch 0 round 0: 3 uploaded, 3 confirmed; sum ")
+    assert lines[2].endswith(", says the server")
     assert lines[4].startswith("  site-000: its ledger has 2 entries, head ")
 
 
@@ -65,7 +66,7 @@ def test_a_tampered_one(call: Call, kept: tuple[Path, Path], place: int) -> None
     result = call("audit", "transcript", transcript, "--identities", pins)
     assert result.code == 1
     assert result.out == ""
-    assert result.err.startswith("error: ")
+    assert result.err.startswith(f"error: {transcript}: transcript")
     assert result.err.count("\n") == 1
 
 

@@ -31,6 +31,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "flower": (),
     "wire": ("config", "flower"),
     "privacy": ("privacy", "config", "files"),
+    # It shares its work out over the cores that there are.
+    "privacy.secagg": ("privacy", "config", "files", "machine"),
     "privacy.audit": EVERYTHING,
     "data_prep": ("data_prep", "config"),
     # It writes files that are whole or not there.

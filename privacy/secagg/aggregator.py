@@ -6,15 +6,16 @@ error and changes nothing, and its site counts as dropped. It keeps its state in
 lost, a new epoch is needed.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from random import SystemRandom
 from types import MappingProxyType
 
 import numpy as np
 
+from .encoding import in_keys
 from .errors import (
     AliveAndDeadError,
     DifferentContextError,
@@ -28,7 +29,7 @@ from .errors import (
     WrongRoundError,
     WrongShareError,
 )
-from .keys import TAG_BYTES, agree, digest, in_keys, public_of, system_entropy
+from .keys import TAG_BYTES, agree, digest, public_of, system_entropy
 from .masks import Mask, add_masks, pair_mask, self_mask
 from .messages import (
     Advertisement,
@@ -377,47 +378,44 @@ class Aggregator:
             site: b"".join(share.value for share in (*message.seeds, *message.masks))
             for site, message in sorted(state.unmaskings.items())
         }
-        cut = 32 * len(state.uploaders)
-        wrong: Counter[int] = Counter()
+        owners = (*state.uploaders, *state.dropped)
+        found: dict[int, bytes] = {}
         for chosen in _choices(tuple(holders), self.setup.numbers.t):
-            secrets = combine({site: holders[site] for site in chosen})
-            seeds = dict(zip(state.uploaders, in_keys(secrets[:cut]), strict=True))
-            keys = dict(zip(state.dropped, in_keys(secrets[cut:]), strict=True))
-            owner = self._first_wrong(state, seeds, keys)
-            if owner is None:
-                return seeds, keys
-            wrong[owner] += 1
-        owner, _ = wrong.most_common(1)[0]
+            secrets = in_keys(combine({site: holders[site] for site in chosen}))
+            found |= {
+                owner: secret
+                for owner, secret in zip(owners, secrets, strict=True)
+                if owner not in found and self._is_right(state, owner, secret)
+            }
+            if len(found) == len(owners):
+                return {site: found[site] for site in state.uploaders}, {
+                    site: found[site] for site in state.dropped
+                }
+        missing = ", ".join(self.setup.name(owner) for owner in owners if owner not in found)
         raise WrongShareError(
-            f"unmasking: no {self.setup.numbers.t} of the shares of {tuple(holders)} give the "
-            f"secret that {self.setup.name(owner)} committed to, expected them to; it dealt shares "
-            "that do not fit together, or too many of the others are wrong"
+            f"unmasking: no {self.setup.numbers.t} of the shares of {tuple(holders)} give what "
+            f"{missing} committed to, expected them to; the shares were dealt wrongly, or too many "
+            "were given back wrongly"
         )
 
-    def _first_wrong(
-        self, state: _Round, seeds: Mapping[int, bytes], keys: Mapping[int, bytes]
-    ) -> int | None:
-        """Whose secret is not the one that it committed to."""
-        number, public = state.opening.round, self._public_keys()
-        for site, seed in seeds.items():
-            if digest_of_seed(state.context, site, seed) != state.uploaded[site].seed:
-                return site
-        for site, key in keys.items():
-            if public_of(key) != public[site][number]:
-                return site
-        return None
+    def _is_right(self, state: _Round, owner: int, secret: bytes) -> bool:
+        """Whether a rebuilt secret is the one that its owner committed to."""
+        if owner in state.uploaded:
+            return digest_of_seed(state.context, owner, secret) == state.uploaded[owner].seed
+        return public_of(secret) == self._public_keys[owner][state.opening.round]
 
     def _masks(
         self, state: _Round, seeds: Mapping[int, bytes], keys: Mapping[int, bytes]
     ) -> Iterator[Mask]:
         """What makes the masked sum the plain one."""
-        number, public = state.opening.round, self._public_keys()
+        number, public = state.opening.round, self._public_keys
         for site, seed in seeds.items():
             yield self_mask(seed, state.context, site)._replace(negative=True)
         for dropped, key in keys.items():
             for site in state.uploaders:  # what the dropped site would have added cancels it
                 yield pair_mask(key, public[site][number], state.context, dropped, site)
 
+    @cached_property
     def _public_keys(self) -> dict[int, tuple[bytes, ...]]:
         return {a.site: a.masks for a in self._roster.advertisements}
 

@@ -239,6 +239,11 @@ def _key(item: Any) -> Any:  # noqa: ANN401
     return getattr(item, layout(kind)[0][0])
 
 
+def in_keys(joined: bytes) -> tuple[bytes, ...]:
+    """Keys of 32 bytes that stand one after another."""
+    return tuple(joined[start : start + 32] for start in range(0, len(joined), 32))
+
+
 @dataclass(frozen=True)
 class Keys:
     """A counted sequence of 32-byte keys within limits."""
@@ -261,8 +266,7 @@ class Keys:
     def read(self, reader: Reader, what: str) -> tuple[bytes, ...]:
         count = reader.number(4, what)
         self._allowed(count, what)
-        joined = bytes(reader.take(32 * count, what))
-        return tuple(joined[start : start + 32] for start in range(0, len(joined), 32))
+        return in_keys(bytes(reader.take(32 * count, what)))
 
     def _allowed(self, count: int, what: str) -> None:
         _check(self.low <= count <= self.high, what, f"{count} keys", f"{self.low} to {self.high}")

@@ -103,8 +103,3 @@ def unseal(key: bytes, nonce: bytes, box: Buffer, about: bytes) -> bytes | None:
         return AESGCM(key).decrypt(nonce, box, about)
     except InvalidTag:
         return None
-
-
-def in_keys(joined: bytes) -> tuple[bytes, ...]:
-    """Keys of 32 bytes that stand one after another."""
-    return tuple(joined[start : start + 32] for start in range(0, len(joined), 32))

@@ -15,6 +15,7 @@ from .keys import agree, derive
 from .slices import over_slices
 
 _BLOCK = 1 << 17  # words; half a megabyte of vector and as much of keystream, in the L2 cache
+_ZEROS = bytes(4 * _BLOCK)
 _WORDS = 4  # of a block of the cipher
 
 
@@ -47,14 +48,13 @@ def _add(vector: np.ndarray, masks: Sequence[Mask], start: int) -> None:
         (Cipher(algorithms.AES(mask.key), modes.CTR(counter)).encryptor(), mask.negative)
         for mask in masks
     ]
-    zeros = bytes(4 * min(_BLOCK, len(vector)))
     buffer = np.empty(min(_BLOCK, len(vector)), dtype="<u4")
     for begin in range(0, len(vector), _BLOCK):
         part = vector[begin : begin + _BLOCK]
         keystream = buffer[: len(part)]
         room = keystream.data.cast("B")
         for stream, negative in streams:
-            stream.update_into(zeros[: room.nbytes], room)
+            stream.update_into(_ZEROS[: room.nbytes], room)
             (np.subtract if negative else np.add)(part, keystream, out=part)
 
 

@@ -1,9 +1,9 @@
 """Reals on an integer grid: what is summed modulo 2^32.
 
 Formal guarantee (`quantise`): with the same coins, two vectors whose scaled difference has L2 norm
-D give integers whose difference has at most D + sqrt(d), whatever the coins are. For each
-coordinate is rounded by one non-decreasing function with steps of one at distances of one, and a
-clamp brings values no further apart.
+D give integers whose difference has at most (1 + 2^-22) (D + sqrt(d)), whatever the coins are. For
+each coordinate is rounded by one non-decreasing function with steps of one at distances of one, and
+a clamp brings values no further apart; the factor is for what float64 rounds in the scaling.
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ def saturation(sites: int, sigma: float) -> int:
 
 
 def quantise(
-    values: np.ndarray, scale: float, bound: int, coins: Coins, out: np.ndarray | None = None
+    values: np.ndarray, scale: float, bound: int, coins: Coins, *, in_place: bool = False
 ) -> np.ndarray:
     """Scales, saturates, rounds stochastically; the coins are the site's own and secret.
 
@@ -50,16 +50,20 @@ def quantise(
         scale: Steps of the grid for one unit.
         bound: See `saturation`.
         coins: Give a key for each slice, of which come 32 bits for each coordinate.
-        out: [d] uint32 to write to; `values.view("<u4")` of float32 values overwrites these, which
-            saves a second vector.
+        in_place: Whether the integers take the place of the values, which must be flat, writeable
+            float32: it saves a second vector.
 
     Returns:
         [d] uint32: the integers modulo 2^32.
 
     Raises:
-        ValueError: A value is not finite: it must be made so before the sum is clipped.
+        ValueError: A value is not finite: it must be made so before the sum is clipped. Or the
+            values cannot be overwritten.
     """
-    words = np.empty(len(values), dtype="<u4") if out is None else out
+    flat = values.dtype == np.float32 and values.flags.c_contiguous and values.flags.writeable
+    if in_place and not flat:
+        raise ValueError(f"values: are {values.dtype}, must be flat, writeable float32 in place")
+    words = values.view("<u4") if in_place else np.empty(len(values), dtype="<u4")
     if not all(over_slices(len(values), lambda part: bool(np.isfinite(values[part]).all()))):
         raise ValueError("values: are not all finite; zero the others before clipping")
     keys = [coins.words(4).tobytes() for _ in range(0, len(values), _SLICE)]

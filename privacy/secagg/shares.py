@@ -1,8 +1,10 @@
 """Sealed shares: Shamir shares from one site for another, through whoever sits between them."""
 
+from collections.abc import Mapping, Sequence
+
 from .encoding import Buffer
-from .errors import MisdirectedShareError, TamperedCiphertextError
-from .keys import NONCE_BYTES, Entropy, agree, derive, digest, seal, unseal
+from .errors import MalformedMessageError, MisdirectedShareError, TamperedCiphertextError
+from .keys import NONCE_BYTES, Entropy, agree, derive, digest, public_of, seal, unseal
 from .messages import SealedShare
 
 MASK_KEYS, SEED = 1, 2
@@ -69,3 +71,69 @@ def open_share(
             "that site sealed for this site in this context"
         )
     return content
+
+
+def seal_shares(
+    values: Mapping[int, bytes],
+    kind: int,
+    source: int,
+    context: bytes,
+    channels: Mapping[int, bytes],
+    entropy: Entropy,
+) -> tuple[bytes, tuple[SealedShare, ...]]:
+    """Seals one message's shares with a key that is forgotten here.
+
+    Args:
+        values: The share for each destination.
+        kind: Of what.
+        source: From whom.
+        context: What they belong to.
+        channels: The sites' channel keys.
+        entropy: For key and nonces.
+
+    Returns:
+        The key's public half, to be signed with the message; and the sealed shares.
+
+    Raises:
+        WeakKeyError: A destination's key is none.
+    """
+    private = entropy(32)
+    return public_of(private), tuple(
+        seal_share(value, (kind, source, site), context, private, channels[site], entropy)
+        for site, value in values.items()
+    )
+
+
+def open_shares(
+    shares: Sequence[SealedShare],
+    kind: int,
+    destination: int,
+    context: bytes,
+    private: bytes,
+    channels: Mapping[int, bytes],
+    length: int,
+) -> dict[int, bytes]:
+    """What each of the other sources sealed for this site.
+
+    Args:
+        shares: One of each source, in their order.
+        kind: Of what.
+        destination: This site.
+        context: What they belong to.
+        private: This site's channel key.
+        channels: The keys that the sources signed with their messages; this site's is not needed.
+        length: Bytes of a share.
+
+    Raises:
+        MalformedMessageError: There are more or fewer.
+        MisdirectedShareError, TamperedCiphertextError, WeakKeyError: See `open_share`.
+    """
+    others = [source for source in channels if source != destination]
+    if len(shares) != len(others):
+        raise MalformedMessageError(f"shares: {len(shares)}, expected {len(others)}, one each")
+    return {
+        source: open_share(
+            share, (kind, source, destination), context, private, channels[source], length
+        )
+        for source, share in zip(others, shares, strict=True)
+    }

@@ -12,7 +12,7 @@ import numpy as np
 
 from .aggregator import Aggregator
 from .encoding import Message, decode, encode
-from .errors import SecAggError
+from .errors import SecAggError, StateInUseError
 from .keys import Entropy, Identity, digest, system_entropy
 from .messages import Upload
 from .site import Site
@@ -53,16 +53,20 @@ class MemoryStore:
     def __init__(self) -> None:
         """An empty one."""
         self.content: bytes | None = None
-        self.writes = 0
 
     def load(self) -> bytes | None:
         """See `state.Store`."""
         return self.content
 
-    def save(self, content: bytes) -> None:
+    def replace(self, before: bytes | None, after: bytes) -> None:
         """See `state.Store`."""
+        if self.content != before:
+            raise StateInUseError("state: was changed since this site took it up")
+        self.save(after)
+
+    def save(self, content: bytes) -> None:
+        """What a test may make fail."""
         self.content = content
-        self.writes += 1
 
 
 @dataclass

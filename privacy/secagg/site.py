@@ -16,7 +16,7 @@ Whatever is sent is saved first. Each method may be called again with what it wa
 answers with the same bytes, or refuses; a refusal changes nothing that is kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from threading import Lock
@@ -24,7 +24,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from .encoding import decode, encode
+from .encoding import decode, encode, in_keys
 from .errors import (
     DifferentModelError,
     DifferentRosterError,
@@ -39,7 +39,7 @@ from .errors import (
     WrongPhaseError,
     WrongRoundError,
 )
-from .keys import Entropy, Identity, digest, in_keys, public_of, system_entropy
+from .keys import Entropy, Identity, digest, public_of, system_entropy
 from .masks import Mask, add_masks, pair_mask, self_mask
 from .messages import (
     Advertisement,
@@ -48,7 +48,6 @@ from .messages import (
     Deal,
     Deals,
     Roster,
-    SealedShare,
     Share,
     Unmasking,
     Upload,
@@ -60,13 +59,14 @@ from .messages import (
     statement_on_uploaders,
 )
 from .shamir import split
-from .shares import MASK_KEYS, SEED, open_share, seal_share
+from .shares import MASK_KEYS, SEED, open_shares, seal_shares
 from .state import CurrentRound, Held, OpenEpoch, SiteState, Store
 from .terms import Floor, Opening, Setup
 from .views import (
     check_confirmed,
     check_current,
     check_deals,
+    check_identities,
     check_roster,
     check_setup,
     check_uploaders,
@@ -99,7 +99,12 @@ def _alone(
 
 
 class Site:
-    """One site in one run."""
+    """One site in one run.
+
+    Besides what they name, all steps raise StateInUseError for a second one at a time or a store
+    that another has changed, LostStateError for a store that fails, and WrongPhaseError for what
+    comes too early.
+    """
 
     def __init__(
         self,
@@ -130,8 +135,9 @@ class Site:
         self._busy = Lock()
         self._sent: Upload | None = None  # a vector is kept in memory only, for as long as it may
         self._saved = store.load()
-        fresh = self._saved is None
-        self._state = SiteState(name, run) if fresh else _read_state(self._saved or b"", name, run)
+        self._state = SiteState(name, run)
+        if self._saved is not None:
+            self._state = _read_state(self._saved, name, run)
 
     # Set-up, once an epoch.
 
@@ -184,8 +190,14 @@ class Site:
         own, setup = epoch.advertisement.site, epoch.setup
         context = roster.digest
         values = split(b"".join(epoch.masks), setup.numbers.t, setup.numbers.n, self._entropy)
-        others = [other.site for other in roster.advertisements if other.site != own]
-        channel, shares = self._sealed(own, roster, values, others, MASK_KEYS, context)
+        channel, shares = seal_shares(
+            {other: values[other] for other in roster.sites if other != own},
+            MASK_KEYS,
+            own,
+            context,
+            self._channels(roster),
+            self._entropy,
+        )
         unsigned = Deal(own, channel, shares, _NO_SIGNATURE)
         signature = self._identity.sign(unsigned.dealt().statement(context))
         deal = replace(unsigned, signature=signature)
@@ -201,7 +213,7 @@ class Site:
             UnknownSiteError: A member is none of the roster's, or this one is missing.
             TooFewSitesError: Fewer than n_min members.
             MisdirectedShareError: A share is of another kind, or for or from another.
-            TamperedCiphertextError: A share does not open.
+            TamperedCiphertextError, WeakKeyError: A share does not open.
         """
         epoch = self._epoch()
         roster = self._roster(epoch)
@@ -213,7 +225,8 @@ class Site:
             return
         length = 32 * epoch.setup.rounds
         channels = {dealt.site: dealt.channel for dealt in deals.dealt}
-        opened = self._opened(epoch, deals.shares, channels, MASK_KEYS, context, length)
+        own = epoch.advertisement.site
+        opened = open_shares(deals.shares, MASK_KEYS, own, context, epoch.channel, channels, length)
         held = tuple(Held(owner, in_keys(value)) for owner, value in opened.items())
         self._save(replace(epoch, members=members, held=held))
 
@@ -239,9 +252,14 @@ class Site:
             TwoVectorsError: The round was opened on other terms, or its vector was sent and is not
                 kept: it is sent once.
             UnsafeNumbersError: The noise of a block leaves no room in 32 bits.
+            BelowFloorError, UnknownSiteError, SwappedIdentityError: Floor or pins have changed, and
+                the epoch's terms would not be accepted any more.
         """
         epoch = self._epoch()
         current = epoch.current
+        # Again, for a site's owner may have raised the floor or revoked an identity since.
+        self._floor.check(epoch.setup.numbers)
+        check_identities(epoch.setup, self._pinned)
         roster = self._roster(epoch).digest
         if (opening.roster, opening.members) != (roster, epoch.members) or not epoch.members:
             raise DifferentRosterError(
@@ -301,9 +319,14 @@ class Site:
         seed = self._entropy(32)
         masks = [self_mask(seed, context, own), *self._pair_masks(epoch, opening)]
         values = split(seed, epoch.setup.numbers.t, epoch.setup.numbers.n, self._entropy)
-        others = [member for member in epoch.members if member != own]
-        roster = self._roster(epoch)
-        channel, shares = self._sealed(own, roster, values, others, SEED, context)
+        channel, shares = seal_shares(
+            {other: values[other] for other in epoch.members if other != own},
+            SEED,
+            own,
+            context,
+            self._channels(self._roster(epoch)),
+            self._entropy,
+        )
         unsigned = Uploaded(
             own,
             context,
@@ -338,7 +361,8 @@ class Site:
             TooFewSitesError: Fewer than n_min.
             DifferentContextError: One of U uploaded on other terms: another model, say.
             ForgedSignatureError: One of U did not sign what is said to be its upload.
-            MisdirectedShareError, TamperedCiphertextError: A share is not what its site sealed.
+            MisdirectedShareError, TamperedCiphertextError, WeakKeyError: A share is not what its
+                site sealed.
             SplitViewError: Another set was confirmed before.
         """
         epoch, current = self._current()
@@ -354,7 +378,7 @@ class Site:
                 )
             return current.confirmation
         channels = {uploaded.site: uploaded.channel for uploaded in uploaders.uploaded}
-        opened = self._opened(epoch, uploaders.shares, channels, SEED, context, 32)
+        opened = open_shares(uploaders.shares, SEED, own, context, epoch.channel, channels, 32)
         seeds = (*current.seeds, *(Share(owner, value) for owner, value in opened.items()))
         statement = statement_on_uploaders(context, uploaders.uploaders)
         confirmation = Confirmation(own, context, self._identity.sign(statement))
@@ -419,12 +443,7 @@ class Site:
         over = self._state.ended if ended is None else ended
         state = replace(self._state, ended=over, epoch=epoch)
         content = encode(state)
-        if self._store.load() != self._saved:
-            raise StateInUseError(
-                f"state of {self.name}: was changed since this site took it up, expected as it was "
-                "left; take it up anew"
-            )
-        self._store.save(content)
+        self._store.replace(self._saved, content)
         self._state, self._saved = state, content
         if epoch is None:
             self._sent = None
@@ -476,46 +495,9 @@ class Site:
             )
         return sent
 
-    def _sealed(
-        self,
-        own: int,
-        roster: Roster,
-        values: Sequence[bytes],
-        others: Sequence[int],
-        kind: int,
-        context: bytes,
-    ) -> tuple[bytes, tuple[SealedShare, ...]]:
-        """The others' values, sealed with a key that is forgotten here; and its public half."""
-        channels = {advertised.site: advertised.channel for advertised in roster.advertisements}
-        private = self._entropy(32)
-        shares = tuple(
-            seal_share(
-                values[other], (kind, own, other), context, private, channels[other], self._entropy
-            )
-            for other in others
-        )
-        return public_of(private), shares
-
     @staticmethod
-    def _opened(
-        epoch: OpenEpoch,
-        shares: Sequence[SealedShare],
-        channels: Mapping[int, bytes],
-        kind: int,
-        context: bytes,
-        length: int,
-    ) -> dict[int, bytes]:
-        """What each of the other sources, by their channels, sealed for this site."""
-        own = epoch.advertisement.site
-        others = [source for source in channels if source != own]
-        if len(shares) != len(others):
-            raise MalformedMessageError(f"shares: {len(shares)}, expected {len(others)}, one each")
-        return {
-            source: open_share(
-                share, (kind, source, own), context, epoch.channel, channels[source], length
-            )
-            for source, share in zip(others, shares, strict=True)
-        }
+    def _channels(roster: Roster) -> dict[int, bytes]:
+        return {advertised.site: advertised.channel for advertised in roster.advertisements}
 
     def _pair_masks(self, epoch: OpenEpoch, opening: Opening) -> list[Mask]:
         own, context = epoch.advertisement.site, opening.context

@@ -18,8 +18,13 @@ class Store(Protocol):
     def load(self) -> bytes | None:
         """What was saved last, or nothing if nothing ever was."""
 
-    def save(self, content: bytes) -> None:
-        """Replaces what was saved, durably before it returns; or raises: then either is there."""
+    def replace(self, before: bytes | None, after: bytes) -> None:
+        """Puts `after` in place of `before`, durably before it returns.
+
+        Raises:
+            StateInUseError: Something else is there than `before`: another one has changed it.
+            LostStateError: The disk refuses; then either is there.
+        """
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,14 @@ class Numbers:
             )
         return sigma / math.sqrt(self.n_min - self.t_collude)
 
+    def excess(self, uploaders: int) -> float:
+        """How many times the accounted noise is in a sum: sqrt(|U| / (n_min - t_collude)).
+
+        Raises:
+            UnsafeNumbersError: As `noise_share`.
+        """
+        return math.sqrt(uploaders) * self.noise_share(1.0)
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -141,7 +149,8 @@ def check_encryption(mechanism: str, encryption: Encryption, numbers: Numbers | 
     A noise share hides nothing by itself: under `distributed` only the sum may be seen. Under the
     other mechanisms each reply is noised in full before it leaves, or is meant for the server's
     eyes, or is not noised at all, and any encryption will do. (`site` shares its noise out under
-    `secagg` and adds all of it at each site otherwise.)
+    `secagg` and adds all of it at each site otherwise.) Under any of them a site that uploads has
+    debited a ledger, for its count must grow.
 
     Args:
         mechanism: A mechanism's name.

@@ -88,7 +88,7 @@ class Verdict:
 
     Attributes:
         run: The run.
-        epochs: Set-ups, in order.
+        epochs: Set-ups that n_min sites signed and a round was opened in, in order.
         rounds: Attempts at rounds, in order, burnt ones too.
         ledgers: Count and head of each site's ledger by name, as signed last.
     """
@@ -205,7 +205,6 @@ class _Reading:
                     f"{before.epoch} of {before.run}"
                 )
             self._end_round(self._open)
-        self._epochs.append(setup)
         self._open = _Epoch(setup)
 
     @staticmethod
@@ -240,6 +239,8 @@ class _Reading:
             raise WrongRoundError(
                 f"round {message.round}: expected {following}, of {epoch.setup.rounds} in the epoch"
             )
+        if epoch.opening is None:
+            self._epochs.append(epoch.setup)
         self._end_round(epoch)
         epoch.opening, epoch.released = message, None
         epoch.uploaded, epoch.confirmed = {}, {}

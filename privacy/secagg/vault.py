@@ -9,6 +9,7 @@ flash cells) keeps the ciphertext of what was erased; the key should not be kept
 import fcntl
 import os
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 from ...files import replace_file
@@ -38,6 +39,7 @@ class Vault:
         if len(key) != 32:
             raise ValueError(f"key = {len(key)} bytes: must be 32 secret bytes")
         self._path, self._key = path, key
+        self._process, self._one_at_a_time = os.getpid(), Lock()
         self._about = digest("vault", site.encode(), run.encode())
         try:
             self._lock: int | None = os.open(
@@ -64,7 +66,7 @@ class Vault:
         Raises:
             LostStateError: The file is not as it was saved, is another site's or run's, or cannot
                 be read.
-            StateInUseError: It is closed.
+            StateInUseError: It is closed, or another process's.
         """
         self._check_open()
         try:
@@ -80,20 +82,29 @@ class Vault:
             state = unseal(self._key, nonce, box, self._about)
         if state is None:
             raise LostStateError(
-                f"{self._path}: is not as it was saved by this site in this run; put it back, or "
-                "move it away and begin a new epoch"
+                f"{self._path}: is not as it was saved by this site in this run; move it away and "
+                "begin a new epoch, and never put an older copy back"
             )
         return state
 
-    def save(self, content: bytes) -> None:
-        """Replaces what was saved, durably before it returns.
+    def replace(self, before: bytes | None, after: bytes) -> None:
+        """Puts `after` in place of `before`, durably before it returns.
 
         Raises:
+            StateInUseError: Something else is there than `before`: another object has changed it.
+                Or it is closed, or another process's.
             LostStateError: The disk refuses; there is what was saved before or, if only the sync of
                 the folder failed, this.
-            StateInUseError: It is closed.
         """
-        self._check_open()
+        with self._one_at_a_time:
+            if self.load() != before:
+                raise StateInUseError(
+                    f"{self._path}: was changed since this site took it up, expected as it was "
+                    "left; take it up anew"
+                )
+            self._save(after)
+
+    def _save(self, content: bytes) -> None:
         nonce = system_entropy(NONCE_BYTES)
         sealed = _MAGIC + nonce + seal(self._key, nonce, content, self._about)
         try:
@@ -110,6 +121,8 @@ class Vault:
     def _check_open(self) -> None:
         if self._lock is None:
             raise StateInUseError(f"{self._path}: is closed, expected an open one")
+        if os.getpid() != self._process:  # a fork holds the same lock, and would send twice
+            raise StateInUseError(f"{self._path}: is of another process, expected one opened here")
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from fedveil.privacy.secagg import site as site_module
 from fedveil.privacy.secagg import views
 from fedveil.privacy.secagg.encoding import encode
 from fedveil.privacy.secagg.errors import (
+    BelowFloorError,
     DuplicateMessageError,
     LostStateError,
     MalformedMessageError,
@@ -26,6 +29,7 @@ from fedveil.privacy.secagg.errors import (
     TooFewConfirmationsError,
     TooFewSitesError,
     TwoVectorsError,
+    UnknownSiteError,
     UnsafeNumbersError,
     WrongPhaseError,
     WrongRoundError,
@@ -44,12 +48,13 @@ from fedveil.privacy.secagg.messages import (
     Upload,
     Uploaded,
     Uploaders,
+    digest_of_seed,
 )
-from fedveil.privacy.secagg.shamir import combine
+from fedveil.privacy.secagg.shamir import combine, split
 from fedveil.privacy.secagg.shares import open_share
 from fedveil.privacy.secagg.simulator import MODEL, SERVER, Passing, Simulator
 from fedveil.privacy.secagg.site import Site
-from fedveil.privacy.secagg.terms import Block, Numbers, Opening, Setup, least_threshold
+from fedveil.privacy.secagg.terms import Block, Floor, Numbers, Opening, Setup, least_threshold
 from fedveil.privacy.secagg.transcript import Kept, verify_transcript
 
 Vectors = Callable[..., dict[int, np.ndarray]]
@@ -180,6 +185,17 @@ class TestTheSum:
         assert (session.round(vectors) == plain_sum(vectors, [0, 1, 2, 3])).all()
         assert session.aggregator._number == 2  # the attempt's number is burnt
 
+    @pytest.mark.parametrize("kind", [Advertisement, Deal, Upload])
+    def test_it_is_n_min_that_must_be_there_and_not_t(
+        self, make_session: Session, make_vectors: Vectors, kind: type
+    ) -> None:
+        made = make_session(6, 4, 5, 1, hook=losing(kind, {0, 1}))
+        run = made.set_up if kind is not Upload else partial(made.round, make_vectors(6))
+        if kind is Upload:
+            made.set_up()
+        with pytest.raises(TooFewSitesError, match=r"4 sites, expected at least n_min = 5"):
+            run()
+
     @pytest.mark.parametrize("kind", [Advertisement, Deal])
     def test_too_few_make_no_epoch(self, make_session: Session, kind: type) -> None:
         with pytest.raises(TooFewSitesError, match=r"2 sites, expected at least n_min = 3"):
@@ -221,6 +237,26 @@ class TestWrongShares:
         vectors = make_vectors(6)
         assert (self.session.round(vectors) == plain_sum(vectors, list(range(6)))).all()
 
+    def test_name_the_dealer_whose_secret_is_lost_and_nobody_else(
+        self, make_session: Session, make_vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Site 4 deals shares that do not fit, and site 5 gives back wrong ones of site 0's."""
+        self.session = make_session(6, 4, 5, 1)
+        self.session.set_up()
+        honest = split
+
+        def misfit(secret: bytes, t: int, n: int, entropy: Any) -> list[bytes]:  # noqa: ANN401
+            return [entropy(len(secret)) for _ in range(n)]
+
+        def hook(passing: Passing) -> object:
+            opens = isinstance(passing.message, Opening) and passing.destination == 4
+            monkeypatch.setattr(site_module, "split", misfit if opens else honest)
+            return self.lying({5})(passing)
+
+        self.session.hook = hook
+        with pytest.raises(WrongShareError, match="give what site-004 committed to"):
+            self.session.round(make_vectors(6))
+
     def test_are_left_out_of_a_hundred_too(self) -> None:
         """A choice of 67 misses two liars with 0.107: all 2001 fail with less than 1e-98."""
         sites = tuple(range(100))
@@ -235,7 +271,7 @@ class TestWrongShares:
         self.session.hook = self.lying({0, 1, 2})
         with pytest.raises(
             WrongShareError,
-            match=r"no 4 of the shares of .* give the secret that site-000 committed to",
+            match="dealt wrongly, or too many were given back wrongly",
         ):
             self.session.round(make_vectors(6))
 
@@ -396,23 +432,40 @@ class TestOneAtATime:
             site.open_round(opening, MODEL)
         return opening
 
+    @pytest.mark.parametrize("kind", [Setup, Roster, Deals, Opening, Uploaders, Confirmations])
     def test_a_second_step_at_once_is_refused(
-        self, session: Simulator, make_vectors: Vectors
+        self, make_session: Session, make_vectors: Vectors, kind: type
     ) -> None:
-        opening, site = self.open(session), session.sites[1]
-        vectors = make_vectors(4)
-        found: list[SecAggError] = []
-        save = session.stores[1].save
+        """Whichever step is being saved, and whichever is asked for meanwhile."""
+        made, vectors = make_session(), make_vectors(4)
+        asked: list[object] = []
+        refused: list[str] = []
+        save = made.stores[1].save
 
         def meanwhile(content: bytes) -> None:
-            with pytest.raises(StateInUseError, match="is in another step") as caught:
-                site.upload(opening, vectors[2], 1, HEAD)
-            found.append(caught.value)
+            for message in asked:
+                try:
+                    answer(made.sites[1], message, vectors[1].copy())
+                except StateInUseError as error:
+                    refused.append(str(error))
             save(content)
 
-        session.stores[1].save = meanwhile  # type: ignore[method-assign]
-        site.upload(opening, vectors[1], 1, HEAD)
-        assert len(found) == 1
+        def hook(passing: Passing) -> object:
+            if passing.destination == 1:
+                asked.append(passing.message)
+                saves = type(passing.message) is kind
+                made.stores[1].save = meanwhile if saves else save  # type: ignore[method-assign]
+            return passing.message
+
+        made.hook = hook
+        made.set_up()
+        made.round(vectors)
+        steps = [Setup, Roster, Deals, Opening, Uploaders, Confirmations].index(kind) + 1
+        # An opening saves twice: when the round is opened, and with the vector.
+        assert len(refused) == steps * (2 if kind is Opening else 1)
+        assert all("is in another step, expected one at a time" in text for text in refused)
+        with pytest.raises(StateInUseError), made.sites[1]._busy:
+            made.sites[1].end_epoch()
 
     def test_a_twin_on_the_same_store_is_refused(
         self, session: Simulator, make_vectors: Vectors
@@ -496,6 +549,23 @@ class TestOneAtATime:
         with pytest.raises(LostStateError):
             site.open_round(following, MODEL)
         assert site.open_round(opening, MODEL) is upload
+
+    def test_a_confirmed_vector_is_not_kept_in_memory(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        session.round(make_vectors(4))
+        assert [site._sent for site in session.sites] == [None] * 4
+
+    def test_a_floor_that_was_raised_and_a_pin_that_was_revoked_count_at_once(
+        self, session: Simulator
+    ) -> None:
+        opening = session.aggregator.open_round(MODEL, [Block("sum", 10, 1.0, 1.0, 0.0, 1.0)])
+        session.sites[0]._floor = Floor(5, 3, 1)
+        with pytest.raises(BelowFloorError, match="n = 4: expected at least 5"):
+            session.sites[0].open_round(opening, MODEL)
+        session.sites[1]._pinned = {n: k for n, k in session.pinned.items() if n != "site-002"}
+        with pytest.raises(UnknownSiteError, match="has site-002"):
+            session.sites[1].open_round(opening, MODEL)
 
     def test_the_last_epoch_there_can_be_is_erased_too(self, make_session: Session) -> None:
         made = make_session()
@@ -722,6 +792,76 @@ def repeating(entropy: Callable[[int], bytes]) -> Callable[[int], bytes]:
         return drawn[-1]
 
     return draw
+
+
+class TestWhatIsDealt:
+    """Secrets are fresh, shared at exactly t, and sealed with keys that nobody has twice."""
+
+    def messages(self, session: Simulator) -> list[Any]:
+        """All that two rounds send up."""
+        sent: list[Any] = []
+
+        def hook(passing: Passing) -> object:
+            if passing.source != SERVER:
+                sent.append(passing.message)
+            return passing.message
+
+        session.hook = hook
+        session.set_up()
+        for number in range(2):
+            session.round({site: np.full(5, number, np.uint32) for site in range(6)})
+        return sent
+
+    @pytest.fixture
+    def made(self) -> Simulator:
+        """Six sites, threshold 4: one fewer must not do."""
+        return Simulator(Numbers(6, 4, 5, 1), entropy=np.random.default_rng(0).bytes)
+
+    def test_seeds_need_all_of_t_shares(self, made: Simulator) -> None:
+        sent = self.messages(made)
+        upload = next(m for m in sent if isinstance(m, Upload) and m.uploaded.site == 2)
+        given = [m for m in sent if isinstance(m, Unmasking)][:6]
+        shares = {m.site: m.seeds[2].value for m in given}
+        context = upload.uploaded.context
+        for count, right in [(4, True), (3, False)]:
+            for chosen in combinations(shares, count):
+                seed = combine({site: shares[site] for site in chosen})
+                assert (digest_of_seed(context, 2, seed) == upload.uploaded.seed) is right
+
+    def test_mask_keys_need_all_of_t_shares(self, made: Simulator) -> None:
+        made.set_up()
+        public = made.aggregator._roster.advertisements[2].masks[3]
+        epochs = {site: made.sites[site]._state.epoch for site in range(6) if site != 2}
+        shares = {s: e.share_of(2, 3) for s, e in epochs.items() if e is not None}
+        for count, right in [(4, True), (3, False)]:
+            for chosen in combinations(shares, count):
+                key = combine({site: shares[site] for site in chosen})
+                assert (public_of(key) == public) is right
+
+    def test_every_seed_and_every_key_is_fresh(self, made: Simulator) -> None:
+        sent = self.messages(made)
+        uploads = [m for m in sent if isinstance(m, Upload)]
+        given = [m for m in sent if isinstance(m, Unmasking)]
+        seeds = set()
+        for answers in (given[:6], given[6:]):
+            for owner in range(6):
+                seeds.add(combine({m.site: m.seeds[owner].value for m in answers[:4]}))
+        assert len(seeds) == len(uploads) == 12
+        assert bytes(32) not in seeds
+        keys = [key for m in sent if isinstance(m, Advertisement) for key in (m.channel, *m.masks)]
+        keys += [m.channel for m in sent if isinstance(m, Deal)]
+        keys += [m.uploaded.channel for m in uploads]
+        assert len(set(keys)) == len(keys) == 6 * 5 + 6 + 12
+        guessed = {public_of(bytes([byte]) * 32) for byte in range(256)}
+        assert guessed.isdisjoint(keys)
+
+    def test_a_seeds_hash_is_of_its_site_and_round(self) -> None:
+        found = {
+            digest_of_seed(context * 32, site, bytes(32))
+            for context in (b"a", b"b")
+            for site in (1, 2)
+        }
+        assert len(found) == 4
 
 
 class TestNoiseShares:

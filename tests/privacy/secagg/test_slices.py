@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedveil.privacy.noise import Coins
+from fedveil.privacy.secagg import slices
 from fedveil.privacy.secagg.keys import digest
 from fedveil.privacy.secagg.masks import Mask, add_masks
 from fedveil.privacy.secagg.messages import digest_of_vector
@@ -23,6 +24,7 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """As if this machine had so many."""
     found = int(request.param)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(found)))
+    monkeypatch.setattr(slices, "_QUOTA", None)
     return found
 
 
@@ -73,6 +75,23 @@ def test_coins_are_of_the_slice(cores: int) -> None:
 def test_values_may_be_overwritten(cores: int) -> None:
     values = np.linspace(-50, 50, 5 * LENGTH).astype(np.float32)
     expected = quantise(values, 3.0, 100, Coins(KEY))
-    found = quantise(values, 3.0, 100, Coins(KEY), out=values.view("<u4"))
+    found = quantise(values, 3.0, 100, Coins(KEY), in_place=True)
     assert np.shares_memory(found, values)
     assert (found == expected).all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.zeros(4), np.zeros(8, np.float32)[::2], np.frombuffer(bytes(16), np.float32)],
+    ids=["float64", "strided", "read-only"],
+)
+def test_values_that_cannot_be_overwritten_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="must be flat, writeable float32 in place"):
+        quantise(values, 3.0, 100, Coins(KEY), in_place=True)
+
+
+def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for quota, cores in [(None, 64), (2.0, 2), (0.5, 1), (100.0, 64)]:
+        monkeypatch.setattr(slices, "_QUOTA", quota)
+        assert slices._cores() == cores

@@ -141,8 +141,9 @@ class TestNoiseShares:
     def test_of_ten_uploaders_exceed_central_noise_by_this_factor(
         self, n_min: int, t_collude: int, excess: float
     ) -> None:
-        share = Numbers(10, 7, n_min, t_collude).noise_share(1.0)
-        assert math.sqrt(10 * share**2) == pytest.approx(excess, abs=0.002)
+        numbers = Numbers(10, 7, n_min, t_collude)
+        assert numbers.excess(10) == pytest.approx(excess, abs=0.002)
+        assert numbers.excess(10) == pytest.approx(math.sqrt(10 * numbers.noise_share(1.0) ** 2))
 
     @given(st.data())
     def test_of_the_honest_of_the_least_uploaders_are_the_whole_noise(

@@ -113,6 +113,18 @@ class TestWhatItShows:
         ledger = (4, digest("ledger 4"))
         assert verdict.ledgers == dict.fromkeys(everyone, ledger)
 
+    def test_an_epoch_that_nobody_signed_is_not_listed(
+        self, make_session: Session, make_vectors: Vectors
+    ) -> None:
+        made = make_session()
+        verdict = verify_transcript(made.transcript, made.pinned)  # its set-up, and nothing else
+        assert (verdict.epochs, verdict.rounds) == ((), ())
+        made.set_up()
+        made.round(make_vectors(4))
+        made.new_epoch(7)
+        verdict = verify_transcript(made.transcript, made.pinned)
+        assert [setup.epoch for setup in verdict.epochs] == [0]
+
     def test_the_hash_of_each_sum(self, make_session: Session, make_vectors: Vectors) -> None:
         made = make_session()
         made.set_up()
@@ -155,6 +167,7 @@ class TestWhatIsRefused:
         [
             (Advertisement, "channel", SwappedKeysError),
             (Advertisement, "signature", SwappedKeysError),
+            (Dealt, "channel", DifferentRosterError),
             (Dealt, "shares", DifferentRosterError),
             (Dealt, "signature", DifferentRosterError),
             (Opening, "roster", DifferentRosterError),
@@ -162,6 +175,7 @@ class TestWhatIsRefused:
             (Uploaded, "context", DifferentContextError),
             (Uploaded, "vector", ForgedSignatureError),
             (Uploaded, "seed", ForgedSignatureError),
+            (Uploaded, "channel", ForgedSignatureError),
             (Uploaded, "shares", ForgedSignatureError),
             (Uploaded, "ledger_head", ForgedSignatureError),
             (Uploaded, "signature", ForgedSignatureError),

@@ -7,6 +7,7 @@ import resource
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def opened(path: Path, key: bytes = KEY, site: str = "site-0", run: str = "run-1
 def saved(path: Path, content: bytes = SECRET) -> bytes:
     """Saves, lets go, and gives the file's bytes."""
     with opened(path) as vault:
-        vault.save(content)
+        vault._save(content)
     return path.read_bytes()
 
 
@@ -57,7 +58,7 @@ class TestSaveAndLoad:
     def test_gives_back_what_was_saved_last(self, path: Path, contents: list[bytes]) -> None:
         with opened(path) as vault:
             for content in contents:
-                vault.save(content)
+                vault._save(content)
                 assert vault.load() == content
         with opened(path) as vault:
             assert vault.load() == contents[-1]
@@ -185,11 +186,11 @@ class TestNotAsItWasSaved:
 class TestOneAtATime:
     def test_a_second_one_is_refused_until_the_first_lets_go(self, path: Path) -> None:
         with opened(path) as first:
-            first.save(b"first")
+            first._save(b"first")
             for key, run in ((KEY, "run-1"), (bytes(32), "run-2")):
                 with pytest.raises(StateInUseError, match="another process holds it"):
                     opened(path, key, run=run)
-            first.save(b"still first")
+            first._save(b"still first")
         with opened(path) as second:
             assert second.load() == b"still first"
 
@@ -203,8 +204,8 @@ class TestOneAtATime:
 
     def test_files_beside_each_other_are_held_apart(self, path: Path) -> None:
         with opened(path) as one, opened(path.with_name("other")) as other:
-            one.save(b"one")
-            other.save(b"other")
+            one._save(b"one")
+            other._save(b"other")
             assert (one.load(), other.load()) == (b"one", b"other")
 
     def test_another_process_is_refused_and_refuses(self, path: Path) -> None:
@@ -265,7 +266,7 @@ class TestDurable:
         monkeypatch.setattr(os, "fsync", synced)
         monkeypatch.setattr(os, "replace", renamed)
         with opened(path) as vault:
-            vault.save(SECRET)
+            vault._save(SECRET)
         # The file had all its bytes when it was synced.
         assert steps == [("file", OVERHEAD + len(SECRET)), ("replace", path), ("folder", None)]
 
@@ -274,24 +275,24 @@ class TestDurable:
         self, path: Path, monkeypatch: pytest.MonkeyPatch, call: str
     ) -> None:
         with opened(path) as vault:
-            vault.save(b"before")
+            vault._save(b"before")
             with monkeypatch.context() as patch:
                 patch.setattr(os, call, refuse)
                 with pytest.raises(LostStateError, match="No space left on device"):
-                    vault.save(SECRET)
+                    vault._save(SECRET)
             assert vault.load() == b"before"
             assert {file.name for file in path.parent.iterdir()} == {"state", "state.lock"}
-            vault.save(b"after")
+            vault._save(b"after")
             assert vault.load() == b"after"
 
     def test_a_disk_that_fills_up_in_the_middle_leaves_it_too(
         self, path: Path, small_files: Callable[[int], None]
     ) -> None:
         with opened(path) as vault:
-            vault.save(b"before")
+            vault._save(b"before")
             small_files(4096)
             with pytest.raises(LostStateError, match="File too large"):
-                vault.save(bytes(1 << 16))
+                vault._save(bytes(1 << 16))
             small_files(1 << 20)
             assert vault.load() == b"before"
             assert {file.name for file in path.parent.iterdir()} == {"state", "state.lock"}
@@ -301,7 +302,7 @@ class TestDurable:
     ) -> None:
         monkeypatch.setattr(module, "replace_file", refuse)
         with opened(path) as vault, pytest.raises(LostStateError, match="check the disk"):
-            vault.save(SECRET)
+            vault._save(SECRET)
         assert not path.exists()
 
     def test_a_folder_that_is_not_there_is_refused_at_once(self, tmp_path: Path) -> None:
@@ -315,27 +316,27 @@ class TestDurable:
             (folder / "state.lock").unlink()
             folder.rmdir()
             with pytest.raises(LostStateError, match="No such file or directory"):
-                vault.save(SECRET)
+                vault._save(SECRET)
 
     def test_what_a_crash_left_of_a_draft_is_no_harm(self, path: Path) -> None:
         saved(path, b"before")
         path.with_name(".state.partial").write_bytes(b"half of something longer" * 100)
         with opened(path) as vault:
             assert vault.load() == b"before"
-            vault.save(SECRET)
+            vault._save(SECRET)
             assert vault.load() == SECRET
 
 
 def test_a_closed_one_is_of_no_use_and_lets_go_once(tmp_path: Path) -> None:
     """Its lock may be another's by then: neither may it be used nor given back twice."""
     first = Vault(tmp_path / "state", KEY, "site", "run")
-    first.save(b"one")
+    first._save(b"one")
     first.close()
     with Vault(tmp_path / "state", KEY, "site", "run") as second:
-        second.save(b"two")
+        second._save(b"two")
         first.close()
         with pytest.raises(StateInUseError, match="is closed"):
-            first.save(b"three")
+            first.replace(b"one", b"three")
         with pytest.raises(StateInUseError, match="is closed"):
             first.load()
         with pytest.raises(StateInUseError, match="another process holds it"):
@@ -350,3 +351,50 @@ def test_a_disk_without_locks_is_said_so(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(LostStateError, match="its disk has no locks"):
         Vault(tmp_path / "state", KEY, "site", "run")
+
+
+def test_what_another_object_has_changed_is_not_replaced(tmp_path: Path) -> None:
+    with Vault(tmp_path / "state", KEY, "site", "run") as vault:
+        vault.replace(None, b"one")
+        with pytest.raises(StateInUseError, match="was changed since this site took it up"):
+            vault.replace(None, b"two")
+        vault.replace(b"one", b"two")
+        assert vault.load() == b"two"
+
+
+def test_of_two_at_once_one_replaces(tmp_path: Path) -> None:
+    """Two objects on one vault, in step until both would compare: one answer leaves."""
+    started = threading.Barrier(2, timeout=10)
+    outcomes: list[str] = []
+
+    def replace(vault: Vault, name: bytes) -> None:
+        started.wait()
+        try:
+            vault.replace(b"one", name)
+            outcomes.append("replaced")
+        except StateInUseError:
+            outcomes.append("refused")
+
+    for _ in range(20):
+        outcomes.clear()
+        with Vault(tmp_path / "state", KEY, "site", "run") as vault:
+            vault.replace(vault.load(), b"one")
+            threads = [
+                threading.Thread(target=replace, args=(vault, name)) for name in (b"two", b"three")
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert sorted(outcomes) == ["refused", "replaced"]
+
+
+def test_a_forked_process_is_refused(tmp_path: Path) -> None:
+    """It has the same lock, and would send a second vector."""
+    with Vault(tmp_path / "state", KEY, "site", "run") as vault:
+        vault.replace(None, b"one")
+        vault._process += 1  # as in a fork
+        with pytest.raises(StateInUseError, match="is of another process"):
+            vault.replace(b"one", b"two")
+        with pytest.raises(StateInUseError, match="is of another process"):
+            vault.load()
