@@ -58,6 +58,7 @@ from fedveil.privacy.secagg.messages import (
     Upload,
     Uploaded,
     Uploaders,
+    digest_of_shares,
     statement_on_uploaders,
 )
 from fedveil.privacy.secagg.shamir import combine
@@ -366,6 +367,16 @@ class TestHostileSitesInSetUp:
             return replace(unsigned, signature=made.identities[1].sign(statement))
 
         assert isinstance(self.refusal(made, Deal, leave_out), MisdirectedShareError)
+
+    def test_a_deal_sealed_with_a_key_of_small_order(self, make_session: Session) -> None:
+        made = make_session()
+
+        def weaken(deal: Deal) -> Deal:
+            unsigned = replace(deal, channel=bytes(32))
+            statement = unsigned.dealt().statement(made.aggregator._roster.digest)
+            return replace(unsigned, signature=made.identities[1].sign(statement))
+
+        assert isinstance(self.refusal(made, Deal, weaken), WeakKeyError)
 
     def test_a_deal_with_the_shares_of_another_signature(self, make_session: Session) -> None:
         def tamper(deal: Deal) -> Deal:
@@ -809,6 +820,26 @@ class TestHostileSitesInARound:
 
         found = self.refusal(session, make_vectors, Upload, leave_out)
         assert isinstance(found, MisdirectedShareError)
+
+    def test_a_share_too_long(self, session: Simulator, make_vectors: Vectors) -> None:
+        """It would be carried to every other site, as long as a message may be."""
+
+        def lengthen(upload: Upload) -> Upload:
+            shares = replaced(upload.shares, 0, box=upload.shares[0].box + bytes(1000))
+            unsigned = replace(upload.uploaded, shares=digest_of_shares(shares))
+            signature = session.identities[1].sign(unsigned.statement())
+            return replace(upload, uploaded=replace(unsigned, signature=signature), shares=shares)
+
+        found = self.refusal(session, make_vectors, Upload, lengthen)
+        assert isinstance(found, MisdirectedShareError)
+
+    def test_a_sealing_key_of_small_order(self, session: Simulator, make_vectors: Vectors) -> None:
+        def weaken(upload: Upload) -> Upload:
+            unsigned = replace(upload.uploaded, channel=bytes(32))
+            signature = session.identities[1].sign(unsigned.statement())
+            return replace(upload, uploaded=replace(unsigned, signature=signature))
+
+        assert isinstance(self.refusal(session, make_vectors, Upload, weaken), WeakKeyError)
 
     def test_a_vector_in_the_name_of_another(
         self, session: Simulator, make_vectors: Vectors
