@@ -91,10 +91,10 @@ class Numbers:
             UnsafeNumbersError: Nobody's noise is shared so: t_collude is 0, though each site knows
                 its own share, or one site's noise would be all.
         """
-        if self.t_collude < 1 or self.n_min - self.t_collude < 2:
+        if self.t_collude < 1:
             raise UnsafeNumbersError(
-                f"t_collude = {self.t_collude}, n_min = {self.n_min}: shared noise expects "
-                "t_collude >= 1 and n_min - t_collude >= 2"
+                f"t_collude = {self.t_collude}: shared noise expects t_collude >= 1, for each site "
+                "knows its own share"
             )
         return sigma / math.sqrt(self.n_min - self.t_collude)
 

@@ -42,9 +42,7 @@ class Vault:
         self._process, self._one_at_a_time = os.getpid(), Lock()
         self._about = digest("vault", site.encode(), run.encode())
         try:
-            self._lock: int | None = os.open(
-                f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
-            )
+            self._lock: int | None = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
             raise LostStateError(f"{path}: {error.strerror}; check the path and the disk") from None
         try:

@@ -259,6 +259,26 @@ class TestSetUp:
         with pytest.raises(DifferentRosterError, match="another than the one that was dealt for"):
             session.sites[0].deal(Roster(roster.advertisements[:3]))
 
+    def test_a_roster_on_which_two_sites_have_one_key(self, make_session: Session) -> None:
+        made = make_session()
+
+        def copy(roster: Roster) -> Roster:
+            theirs = roster.advertisements[2]
+            unsigned = replace(roster.advertisements[3], masks=theirs.masks)
+            signed = replace(unsigned, signature=made.identities[3].sign(unsigned.statement()))
+            return Roster((*roster.advertisements[:3], signed))
+
+        assert isinstance(self.refusal(made, Roster, copy), ReusedKeyError)
+
+    def test_a_roster_on_which_this_site_dealt_otherwise(self, session: Simulator) -> None:
+        deals = _deals_for(session, 0)
+        roster = session.aggregator._roster
+        unsigned = replace(deals.dealt[0], shares=bytes(32))
+        signature = session.identities[0].sign(unsigned.statement(roster.digest))
+        forged = replace(deals, dealt=(replace(unsigned, signature=signature), *deals.dealt[1:]))
+        with pytest.raises(UnknownSiteError, match="expected this site's own"):
+            session.sites[0].accept(forged)
+
     def test_a_roster_of_too_few(self, make_session: Session) -> None:
         def leave_out(roster: Roster) -> Roster:
             return Roster(roster.advertisements[:2])
@@ -336,6 +356,23 @@ class TestHostileSitesInSetUp:
             return self.signed(made, replace(message, masks=(theirs, *message.masks[1:])))
 
         assert isinstance(self.refusal(made, Advertisement, copy), ReusedKeyError)
+
+    def test_the_channel_key_of_another_site(self, make_session: Session) -> None:
+        made = make_session()
+
+        def copy(message: Advertisement) -> Advertisement:
+            theirs = made.aggregator._advertised[0].channel
+            return self.signed(made, replace(message, channel=theirs))
+
+        assert isinstance(self.refusal(made, Advertisement, copy), ReusedKeyError)
+
+    def test_a_key_for_a_round_too_few(self, make_session: Session) -> None:
+        made = make_session()
+
+        def leave_out(message: Advertisement) -> Advertisement:
+            return self.signed(made, replace(message, masks=message.masks[:-1]))
+
+        assert isinstance(self.refusal(made, Advertisement, leave_out), DifferentSetupError)
 
     def test_one_key_for_two_rounds(self, make_session: Session) -> None:
         advertised = make_session().sites[0].advertise(make_session().aggregator.setup)
@@ -421,6 +458,15 @@ class TestOpening:
     def test_a_round_beyond_the_epoch(self, session: Simulator, number: int) -> None:
         with pytest.raises(WrongRoundError, match=f"round {number}: expected 0 to 3"):
             self.opened(session, round=number)
+
+    def test_a_round_before_anyone_is_a_member(self, make_session: Session) -> None:
+        made = make_session(
+            hook=lambda passing: None if isinstance(passing.message, Deals) else passing.message
+        )
+        made.set_up()
+        opening = made.aggregator.open_round(MODEL, BLOCKS)
+        with pytest.raises(DifferentRosterError, match="opening"):
+            made.sites[0].open_round(replace(opening, members=()), MODEL)
 
     def test_a_round_that_is_over(self, session: Simulator, make_vectors: Vectors) -> None:
         session.round(make_vectors(4))
@@ -530,6 +576,16 @@ class TestUploaders:
         found = refused(session, make_vectors, Uploaders, few)
         assert isinstance(found, TooFewSitesError)
         assert "2 sites, expected at least n_min = 3" in str(found)
+
+    def test_an_uploader_without_its_signed_upload(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        def leave_out(message: Uploaders) -> Uploaders:
+            return replace(message, uploaded=(*message.uploaded[:2], message.uploaded[3]))
+
+        found = refused(session, make_vectors, Uploaders, leave_out)
+        assert isinstance(found, UnknownSiteError)
+        assert "signed by (0, 1, 3), expected (0, 1, 2, 3)" in str(found)
 
     def test_an_unknown_uploader(self, session: Simulator, make_vectors: Vectors) -> None:
         def unknown(message: Uploaders) -> Uploaders:

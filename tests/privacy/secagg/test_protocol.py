@@ -383,6 +383,7 @@ class TestKilledAndAskedAgain:
         with pytest.raises(LostStateError):
             site.upload(opening, vector, 1, HEAD)
         assert store.content == before
+        assert site.open_round(opening, MODEL) is None  # it has nothing to send again
         assert (vector != plain).any()
         del store.save
         upload = site.upload(opening, plain.copy(), 1, HEAD)  # nothing was sent: the vector may be
@@ -708,6 +709,18 @@ class TestErasure:
             session.restart(0)
             site = session.sites[0]
 
+    def test_state_of_another_site_or_run_is_none(self, session: Simulator) -> None:
+        for site, run in [(1, session.run), (0, "another")]:
+            with pytest.raises(LostStateError, match=f"expected site-00{site} in {run}"):
+                Site(
+                    session.names[site],
+                    run,
+                    session.identities[site],
+                    session.pinned,
+                    session.stores[0],
+                    Floor(),
+                )
+
     def test_lost_state_needs_a_new_epoch(self, session: Simulator, make_vectors: Vectors) -> None:
         session.stores[0].content = None
         session.restart(0)
@@ -976,6 +989,15 @@ class TestTheAggregator:
         assert (session.round(vectors) == plain_sum(vectors, [0, 1, 3])).all()
         (record,) = verify_transcript(session.transcript, session.pinned).rounds
         assert record.uploaders == ("site-000", "site-001", "site-003")
+
+    def test_a_round_needs_a_set_up_and_room_in_32_bits(
+        self, make_session: Session, session: Simulator
+    ) -> None:
+        block = Block("sum", 10, 1.0, 1.0, 0.0, 1.0)
+        with pytest.raises(WrongPhaseError, match="the epoch is not set up"):
+            make_session().aggregator.open_round(MODEL, [block])
+        with pytest.raises(UnsafeNumbersError, match="leaves no room in 32 bits"):
+            session.aggregator.open_round(MODEL, [replace(block, sigma=1e8)])
 
     def test_a_vector_of_another_length_is_refused(
         self, session: Simulator, make_vectors: Vectors, plain_sum: Sum

@@ -306,3 +306,21 @@ class TestDequantise:
             for sign in signs:
                 total += quantise(np.array([sign * 7.0]), 16.0, BOUND, Coins(KEY))
             assert dequantise(total, 16.0)[0] == 7 * sum(signs)
+
+
+def test_float32_values_are_scaled_as_float64() -> None:
+    """The product of two float32 would be off by up to 128 steps at 2^31."""
+    values = np.linspace(-1, 1, 4099).astype(np.float32) / 3
+    scale = float(2**30 - 1)
+    found = quantise(values, scale, BOUND, Coins(KEY))
+    assert (found == quantise(values.astype(np.float64), scale, BOUND, Coins(KEY))).all()
+
+
+def test_a_whole_number_stays_whatever_the_coin(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zeros(Coins):
+        def words(self, count: int) -> np.ndarray:
+            return np.zeros(count, dtype=np.uint64)
+
+    monkeypatch.setattr(module, "Coins", Zeros)
+    found = quantise(np.array([-2.0, 0.0, 3.0, 3.5]), 1.0, BOUND, Coins(KEY))
+    assert found.view(np.int32).tolist() == [-2, 0, 3, 4]

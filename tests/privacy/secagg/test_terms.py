@@ -382,3 +382,9 @@ class TestContext:
     def test_two_set_ups_share_one_only_if_they_are_equal(self, data: st.DataObject) -> None:
         one, other = data.draw(setups()), data.draw(setups())
         assert (one.digest == other.digest) == (one == other)
+
+
+@pytest.mark.parametrize("values", [(4, 3, 3, True), (4.0, 3, 3, 1), (4, 3, 3, -1), ("4", 3, 3, 1)])
+def test_numbers_are_whole(values: tuple[int, int, int, int]) -> None:
+    with pytest.raises(UnsafeNumbersError, match="expected a whole number >= 0"):
+        Numbers(*values)

@@ -195,6 +195,15 @@ class TestWhatIsRefused:
 
         self.refused(finished, error, change)
 
+    def test_another_ledger_count(self, finished: Simulator) -> None:
+        def change(found: list[Kept]) -> None:
+            place = first(found, Uploaded)
+            message = found[place]
+            assert isinstance(message, Uploaded)
+            found[place] = replace(message, ledger_count=message.ledger_count + 100)
+
+        self.refused(finished, ForgedSignatureError, change)
+
     def test_other_numbers(self, make_session: Session, make_vectors: Vectors) -> None:
         made = make_session(5, 4, 4, 1)
         made.set_up()

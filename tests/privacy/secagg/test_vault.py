@@ -398,3 +398,12 @@ def test_a_forked_process_is_refused(tmp_path: Path) -> None:
             vault.replace(b"one", b"two")
         with pytest.raises(StateInUseError, match="is of another process"):
             vault.load()
+
+
+def test_a_draft_that_a_crash_left_does_not_lend_its_permissions(tmp_path: Path) -> None:
+    draft = tmp_path / ".state.partial"
+    draft.write_bytes(b"left")
+    draft.chmod(0o666)
+    with Vault(tmp_path / "state", KEY, "site", "run") as vault:
+        vault.replace(None, b"one")
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o600
