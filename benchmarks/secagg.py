@@ -183,7 +183,7 @@ class Session:
     def __init__(self, numbers: Numbers, length: int, folder: Path) -> None:
         """Identities, vaults and [n, d] float32 values; no keys yet."""
         folder.mkdir()
-        identities = [Identity.generate() for _ in range(numbers.n)]
+        identities = [Identity(os.urandom(32)) for _ in range(numbers.n)]
         names = [f"site-{index:03}" for index in range(numbers.n)]
         pinned = {n: identity.public for n, identity in zip(names, identities, strict=True)}
         self.vaults = [TimedVault(folder / name, os.urandom(32), name, "bench") for name in names]

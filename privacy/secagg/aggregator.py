@@ -9,9 +9,11 @@ lost, a new epoch is needed.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, wraps
 from random import SystemRandom
+from threading import Lock
 from types import MappingProxyType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -101,8 +103,32 @@ def _not_kept(message: Kept) -> None:
     """For a session of which no transcript is kept."""
 
 
+_Arguments = ParamSpec("_Arguments")
+_Answer = TypeVar("_Answer")
+
+
+def _in_turn(
+    step: Callable[Concatenate["Aggregator", _Arguments], _Answer],
+) -> Callable[Concatenate["Aggregator", _Arguments], _Answer]:
+    """One step after another, whatever thread it comes from: a vector is added once."""
+
+    @wraps(step)
+    def waiting(
+        aggregator: "Aggregator", /, *arguments: _Arguments.args, **named: _Arguments.kwargs
+    ) -> _Answer:
+        with aggregator._busy:  # noqa: SLF001  it is the aggregator's own
+            return step(aggregator, *arguments, **named)
+
+    return waiting
+
+
 class Aggregator:
-    """The server in one epoch. What arrives in a phase is added; closing it gives what goes out."""
+    """The server in one epoch. What arrives in a phase is added; closing it gives what goes out.
+
+    A close that fails for want of messages changes nothing and may be tried again. A second message
+    of a site is a DuplicateMessageError, an identical one too, which the caller may overlook. Safe
+    across threads.
+    """
 
     def __init__(
         self,
@@ -117,7 +143,7 @@ class Aggregator:
             keep: Takes each message of the transcript, in order, before anything rests on it.
             ledgers: Count and head of each site's ledger by name, as the epochs before left them.
         """
-        self.setup, self._keep = setup, keep
+        self.setup, self._keep, self._busy = setup, keep, Lock()
         self.phase = Phase.ADVERTISEMENTS
         self._advertised: dict[int, Advertisement] = {}
         self._deals: dict[int, Deal] = {}
@@ -130,6 +156,7 @@ class Aggregator:
 
     # Set-up.
 
+    @_in_turn
     def add_advertisement(self, message: Advertisement) -> None:
         """Takes a site's keys.
 
@@ -144,6 +171,7 @@ class Aggregator:
         self._keys.update((message.channel, *message.masks))
         self._advertised[message.site] = message
 
+    @_in_turn
     def close_advertisements(self) -> Roster:
         """The roster, for each site on it.
 
@@ -156,6 +184,7 @@ class Aggregator:
         self.phase = Phase.DEALS
         return self._roster
 
+    @_in_turn
     def add_deal(self, message: Deal) -> None:
         """Takes a site's shares of its mask keys.
 
@@ -172,6 +201,7 @@ class Aggregator:
         self._keep(message.dealt())
         self._deals[message.site] = message
 
+    @_in_turn
     def close_deals(self) -> dict[int, Deals]:
         """What each member is to be sent, by site.
 
@@ -193,6 +223,7 @@ class Aggregator:
 
     # Each round.
 
+    @_in_turn
     def open_round(self, model: bytes, blocks: Sequence[Block]) -> Opening:
         """Begins the next round, for each member.
 
@@ -224,6 +255,7 @@ class Aggregator:
         self.phase = Phase.UPLOADS
         return opening
 
+    @_in_turn
     def add_upload(self, message: Upload) -> None:
         """Takes a masked vector into the sum.
 
@@ -256,6 +288,7 @@ class Aggregator:
         state.uploaded[uploaded.site] = uploaded
         state.shares[uploaded.site] = message.shares
 
+    @_in_turn
     def close_uploads(self) -> dict[int, Uploaders]:
         """What each uploader is to be sent, by site.
 
@@ -275,6 +308,7 @@ class Aggregator:
             for site in uploaders
         }
 
+    @_in_turn
     def add_confirmation(self, message: Confirmation) -> None:
         """Takes a site's signature on U.
 
@@ -287,6 +321,7 @@ class Aggregator:
         self._keep(message)
         state.confirmed[message.site] = message
 
+    @_in_turn
     def close_confirmations(self) -> Confirmations:
         """The signatures, for each site that confirmed.
 
@@ -299,6 +334,7 @@ class Aggregator:
         self.phase = Phase.UNMASKINGS
         return Confirmations(state.opening.round, state.context, found)
 
+    @_in_turn
     def add_unmasking(self, message: Unmasking) -> None:
         """Takes a site's shares.
 
@@ -328,8 +364,11 @@ class Aggregator:
         check_signature(self.setup, message.site, message.statement(), message.signature, "shares")
         state.unmaskings[message.site] = message
 
+    @_in_turn
     def total(self) -> np.ndarray:
         """The sum of the uploaders' vectors modulo 2^32, [d] uint32; the round is over.
+
+        It is unmasked once: if that or keeping the record of it fails, the round is lost.
 
         Raises:
             TooFewSitesError: Fewer than t gave their shares so far.

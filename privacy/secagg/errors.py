@@ -90,6 +90,10 @@ class TwoVectorsError(SecAggError):
     """A second vector under the masks of one (epoch, round): a two-time pad."""
 
 
+class NotKeptError(TwoVectorsError):
+    """A vector that was sent before a restart: the site has it no more, and makes no second one."""
+
+
 class SplitViewError(SecAggError):
     """Two sets of uploaders for one round, shown to different sites or to one."""
 

@@ -44,14 +44,15 @@ class Identity:
     """A long-lived Ed25519 signing key, pinned out of band by whoever verifies (RFC 8032)."""
 
     def __init__(self, seed: bytes) -> None:
-        """The identity of a secret seed of 32 bytes."""
+        """The identity of a secret seed.
+
+        Raises:
+            ValueError: The seed is not 32 bytes.
+        """
+        if len(seed) != 32:
+            raise ValueError(f"seed = {len(seed)} bytes: must be 32 secret bytes")
         self._key = Ed25519PrivateKey.from_private_bytes(seed)
         self.public = self._key.public_key().public_bytes_raw()
-
-    @classmethod
-    def generate(cls, entropy: Entropy = system_entropy) -> "Identity":
-        """A fresh one."""
-        return cls(entropy(32))
 
     def sign(self, statement: bytes) -> bytes:
         """64 bytes; the same ones each time. `statement` is a `digest`."""

@@ -96,5 +96,11 @@ def _quantise(
 
 
 def dequantise(total: np.ndarray, scale: float) -> np.ndarray:
-    """[d] float64 of a sum modulo 2^32 of quantised vectors, which did not wrap."""
+    """[d] float64 of a sum modulo 2^32 of quantised vectors, which did not wrap.
+
+    Raises:
+        ValueError: The sum is no uint32 vector.
+    """
+    if total.dtype != np.dtype("<u4"):
+        raise ValueError(f"total: is {total.dtype}, must be uint32")
     return total.view(np.int32) / np.float64(scale)

@@ -93,7 +93,7 @@ class Simulator:
     refusals: dict[int, SecAggError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.identities = [Identity.generate(self.entropy) for _ in range(self.numbers.n)]
+        self.identities = [Identity(self.entropy(32)) for _ in range(self.numbers.n)]
         self.names = [f"site-{index:03}" for index in range(self.numbers.n)]
         self.pinned = {n: i.public for n, i in zip(self.names, self.identities, strict=True)}
         self.stores = [MemoryStore() for _ in self.names]

@@ -30,11 +30,13 @@ from .errors import (
     DifferentRosterError,
     LostStateError,
     MalformedMessageError,
+    NotKeptError,
     SecAggError,
     SecondUnmaskError,
     SplitViewError,
     StaleEpochError,
     StateInUseError,
+    SwappedIdentityError,
     TwoVectorsError,
     WrongPhaseError,
     WrongRoundError,
@@ -128,8 +130,14 @@ class Site:
             entropy: Secret coins.
 
         Raises:
+            SwappedIdentityError: The identity is not the one that is pinned for the name.
             LostStateError: The store holds no state of this site and run.
         """
+        if pinned.get(name) != identity.public:
+            raise SwappedIdentityError(
+                f"{name}: has identity {identity.public.hex()}, expected the one that is pinned "
+                "for this name; check the site's key"
+            )
         self.name, self._run, self._identity, self._pinned = name, run, identity, pinned
         self._store, self._floor, self._entropy = store, floor, entropy
         self._busy = Lock()
@@ -249,8 +257,9 @@ class Site:
             DifferentModelError: The model is not the one that is signed.
             DifferentRosterError: Keys or members are not the epoch's.
             WrongRoundError: The round is over, burnt, or beyond the epoch.
-            TwoVectorsError: The round was opened on other terms, or its vector was sent and is not
-                kept: it is sent once.
+            TwoVectorsError: The round was opened on other terms.
+            NotKeptError: Its vector was sent before a restart: it is sent once. What comes next is
+                answered as ever.
             UnsafeNumbersError: The noise of a block leaves no room in 32 bits.
             BelowFloorError, UnknownSiteError, SwappedIdentityError: Floor or pins have changed, and
                 the epoch's terms would not be accepted any more.
@@ -261,7 +270,9 @@ class Site:
         self._floor.check(epoch.setup.numbers)
         check_identities(epoch.setup, self._pinned)
         roster = self._roster(epoch).digest
-        if (opening.roster, opening.members) != (roster, epoch.members) or not epoch.members:
+        if not epoch.members:
+            raise WrongPhaseError("opening: the epoch is not set up, expected deals first")
+        if (opening.roster, opening.members) != (roster, epoch.members):
             raise DifferentRosterError(
                 f"opening: keys {opening.roster.hex()} of members {opening.members}, expected "
                 f"{roster.hex()} of {epoch.members}"
@@ -481,9 +492,9 @@ class Site:
                 "another attempt takes the next round"
             )
         if current.uploaded is not None and self._sent is None:
-            raise TwoVectorsError(
+            raise NotKeptError(
                 f"round {opening.round}: its vector was sent before this site was restarted and is "
-                "not kept, expected a new round"
+                "not kept, expected the uploaders or a new round"
             )
         sent = self._sent
         if sent is not None and (

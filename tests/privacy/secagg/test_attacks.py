@@ -340,10 +340,13 @@ class TestHostileSitesInSetUp:
     def signed(self, session: Simulator, message: Advertisement) -> Advertisement:
         return replace(message, signature=session.identities[1].sign(message.statement()))
 
-    def test_a_key_of_small_order(self, make_session: Session) -> None:
+    @pytest.mark.parametrize("place", ["channel", "masks"])
+    def test_a_key_of_small_order(self, make_session: Session, place: str) -> None:
         made = make_session()
 
         def weaken(message: Advertisement) -> Advertisement:
+            if place == "channel":
+                return self.signed(made, replace(message, channel=bytes(32)))
             return self.signed(made, replace(message, masks=(bytes(32), *message.masks[1:])))
 
         assert isinstance(self.refusal(made, Advertisement, weaken), WeakKeyError)
@@ -376,8 +379,15 @@ class TestHostileSitesInSetUp:
 
     def test_one_key_for_two_rounds(self, make_session: Session) -> None:
         advertised = make_session().sites[0].advertise(make_session().aggregator.setup)
-        with pytest.raises(ReusedKeyError, match="expected a key for each round"):
-            replace(advertised, masks=(advertised.masks[0],) * 4)
+        for masks in ((advertised.masks[0],) * 4, (advertised.channel, *advertised.masks[1:])):
+            with pytest.raises(ReusedKeyError, match="expected a key for each round"):
+                replace(advertised, masks=masks)
+
+    def test_another_identity_than_the_sites_own(self, make_session: Session) -> None:
+        made = make_session()
+        made.identities[0] = Identity(bytes(32))
+        with pytest.raises(SwappedIdentityError, match="check the site's key"):
+            made.restart(0)
 
     def test_keys_in_the_name_of_another(self, make_session: Session) -> None:
         made = make_session()
@@ -465,7 +475,7 @@ class TestOpening:
         )
         made.set_up()
         opening = made.aggregator.open_round(MODEL, BLOCKS)
-        with pytest.raises(DifferentRosterError, match="opening"):
+        with pytest.raises(WrongPhaseError, match="expected deals first"):
             made.sites[0].open_round(replace(opening, members=()), MODEL)
 
     def test_a_round_that_is_over(self, session: Simulator, make_vectors: Vectors) -> None:
@@ -1131,7 +1141,11 @@ class TestMechanismsAndEncryptions:
 
 
 def test_every_refusal_has_a_type_and_a_meaning_of_its_own() -> None:
-    kinds = list(SecAggError.__subclasses__()) + list(UnsafeNumbersError.__subclasses__())
+    kinds = [
+        kind
+        for parent in (SecAggError, UnsafeNumbersError, TwoVectorsError)
+        for kind in parent.__subclasses__()
+    ]
     assert len({kind.__name__ for kind in kinds}) == len(kinds) >= 30
     assert len({kind.__doc__ for kind in kinds}) == len(kinds)
     assert all(kind.exit_code == 1 for kind in kinds)

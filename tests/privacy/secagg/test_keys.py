@@ -175,9 +175,10 @@ class TestIdentity:
     def test_signs_the_same_bytes_each_time(self) -> None:
         assert Identity(SECRET).sign(b"a") == Identity(SECRET).sign(b"a")
 
-    def test_is_made_of_its_source_and_of_the_system_by_default(self) -> None:
-        assert Identity.generate(lambda count: SECRET[:count]).public == Identity(SECRET).public
-        assert Identity.generate().public != Identity.generate().public
+    @pytest.mark.parametrize("length", [0, 31, 33])
+    def test_is_made_of_32_bytes_only(self, length: int) -> None:
+        with pytest.raises(ValueError, match=f"seed = {length} bytes: must be 32"):
+            Identity(bytes(length))
 
 
 ALICE = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")

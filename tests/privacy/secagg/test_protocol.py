@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedveil.privacy.secagg.errors import (
     DuplicateMessageError,
     LostStateError,
     MalformedMessageError,
+    NotKeptError,
     SecAggError,
     StaleEpochError,
     StateInUseError,
@@ -43,12 +45,15 @@ from fedveil.privacy.secagg.messages import (
     Confirmations,
     Deal,
     Deals,
+    Dealt,
     Roster,
+    Share,
     Unmasking,
     Upload,
     Uploaded,
     Uploaders,
     digest_of_seed,
+    digest_of_shares,
 )
 from fedveil.privacy.secagg.shamir import combine, split
 from fedveil.privacy.secagg.shares import open_share
@@ -265,6 +270,26 @@ class TestWrongShares:
         assert next(aggregator_module._choices(sites, 67)) == sites[:67]
         assert list(aggregator_module._choices(sites[:3], 3)) == [(0, 1, 2)]
 
+    def test_of_a_dropped_sites_mask_key_are_left_out_too(
+        self, make_session: Session, make_vectors: Vectors, plain_sum: Sum
+    ) -> None:
+        made = make_session(6, 4, 5, 1)
+        made.set_up()
+
+        def hook(passing: Passing) -> object:
+            message = passing.message
+            if isinstance(message, Upload) and passing.source == 3:
+                return None
+            if isinstance(message, Unmasking) and passing.source == 0:
+                unsigned = replace(message, masks=(Share(3, bytes(32)),))
+                signature = made.identities[0].sign(unsigned.statement())
+                return replace(unsigned, signature=signature)
+            return message
+
+        made.hook = hook
+        vectors = make_vectors(6)
+        assert (made.round(vectors) == plain_sum(vectors, [0, 1, 2, 4, 5])).all()
+
     def test_never_give_a_wrong_sum(self, make_session: Session, make_vectors: Vectors) -> None:
         self.session = make_session(6, 4, 5, 1)
         self.session.set_up()
@@ -318,7 +343,7 @@ class TestKilledAndAskedAgain:
     ) -> None:
         ((first, second),) = self.asked_again(make_session(), make_vectors(4), kind, killed=killed)
         if kind is Opening and killed:
-            assert isinstance(second, TwoVectorsError)
+            assert isinstance(second, NotKeptError)
         else:
             assert first == second
 
@@ -550,6 +575,27 @@ class TestOneAtATime:
         with pytest.raises(LostStateError):
             site.open_round(following, MODEL)
         assert site.open_round(opening, MODEL) is upload
+
+    def test_a_vector_of_another_epochs_round_is_refused(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        first = self.open(session)
+        session.new_epoch(1)
+        session.set_up()
+        self.open(session)
+        with pytest.raises(WrongRoundError, match="vector: is of round 0"):
+            session.sites[1].upload(first, make_vectors(4)[1], 1, HEAD)
+
+    def test_the_vector_of_the_round_before_is_not_sent_for_the_next(
+        self, session: Simulator, make_vectors: Vectors
+    ) -> None:
+        opening, site = self.open(session), session.sites[1]
+        site.upload(opening, make_vectors(4)[1], 1, HEAD)
+        following = self.open(session)
+        assert site.open_round(following, MODEL) is None
+        site.upload(following, make_vectors(4)[1], 2, HEAD)
+        site.end_epoch()
+        assert site._sent is None
 
     def test_a_confirmed_vector_is_not_kept_in_memory(
         self, session: Simulator, make_vectors: Vectors
@@ -868,6 +914,20 @@ class TestWhatIsDealt:
         guessed = {public_of(bytes([byte]) * 32) for byte in range(256)}
         assert guessed.isdisjoint(keys)
 
+    def test_a_share_cannot_change_its_kind_or_its_way_under_a_signature(
+        self, made: Simulator
+    ) -> None:
+        sent = self.messages(made)
+        shares = next(m for m in sent if isinstance(m, Upload)).shares
+        first = shares[0]
+        for other in (
+            replace(first, destination=9), replace(first, source=9), replace(first, kind=1),
+        ):  # fmt: skip
+            assert digest_of_shares((other, *shares[1:])) != digest_of_shares(shares)
+        given = next(m for m in sent if isinstance(m, Unmasking))
+        moved = replace(given, seeds=given.seeds[:-1], masks=given.seeds[-1:])
+        assert moved.statement() != given.statement()
+
     def test_a_seeds_hash_is_of_its_site_and_round(self) -> None:
         found = {
             digest_of_seed(context * 32, site, bytes(32))
@@ -974,21 +1034,62 @@ class TestTheAggregator:
         assert burnt.released is None
         assert whole.released is not None
 
+    @pytest.mark.parametrize("kind", [Advertisement, Dealt, Uploaded, Confirmation])
     def test_what_the_transcript_could_not_keep_does_not_count(
-        self, session: Simulator, make_vectors: Vectors, plain_sum: Sum
+        self, make_session: Session, make_vectors: Vectors, plain_sum: Sum, kind: type
     ) -> None:
-        aggregator, keep = session.aggregator, session._keep
+        made = make_session()
+        keep = made._keep
 
         def full(message: Kept) -> None:
-            if isinstance(message, Uploaded) and message.site == 2:
+            if type(message) is kind and getattr(message, "site", None) == 2:
                 raise LostStateError("disk: is full")
             keep(message)
 
-        aggregator._keep = full
+        made.aggregator._keep = full
+        made.set_up()
         vectors = make_vectors(4)
-        assert (session.round(vectors) == plain_sum(vectors, [0, 1, 3])).all()
-        (record,) = verify_transcript(session.transcript, session.pinned).rounds
-        assert record.uploaders == ("site-000", "site-001", "site-003")
+        there = [0, 1, 2, 3] if kind is Confirmation else [0, 1, 3]
+        assert (made.round(vectors) == plain_sum(vectors, there)).all()
+        (record,) = verify_transcript(made.transcript, made.pinned).rounds
+        assert record.uploaders == tuple(f"site-00{site}" for site in there)
+        assert record.confirmed == ("site-000", "site-001", "site-003")
+
+    def test_one_vector_from_two_threads_is_added_once(
+        self, session: Simulator, make_vectors: Vectors, plain_sum: Sum
+    ) -> None:
+        """A retransmission while the first one is being hashed and kept."""
+        aggregator, keep = session.aggregator, session._keep
+        outcomes: list[type] = []
+
+        def again(upload: Upload) -> None:
+            try:
+                aggregator.add_upload(upload)
+            except SecAggError as error:
+                outcomes.append(type(error))
+
+        def hook(passing: Passing) -> object:
+            if isinstance(passing.message, Upload) and passing.source == 1:
+                thread = Thread(target=again, args=(passing.message,))
+
+                def slowly(message: Kept) -> None:
+                    if not thread.ident:
+                        thread.start()  # it comes while this one is under way, and waits
+                        thread.join(timeout=0.2)
+                        assert thread.is_alive()
+                    keep(message)
+
+                aggregator._keep = slowly
+                aggregator.add_upload(passing.message)
+                thread.join()
+                aggregator._keep = keep
+                return None
+            return passing.message
+
+        session.hook = hook
+        vectors = make_vectors(4)
+        assert (session.round(vectors) == plain_sum(vectors, [0, 1, 2, 3])).all()
+        assert outcomes == [DuplicateMessageError]
 
     def test_a_round_needs_a_set_up_and_room_in_32_bits(
         self, make_session: Session, session: Simulator

@@ -324,3 +324,9 @@ def test_a_whole_number_stays_whatever_the_coin(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "Coins", Zeros)
     found = quantise(np.array([-2.0, 0.0, 3.0, 3.5]), 1.0, BOUND, Coins(KEY))
     assert found.view(np.int32).tolist() == [-2, 0, 3, 4]
+
+
+@pytest.mark.parametrize("total", [np.zeros(3), np.zeros(3, np.int64), np.zeros(3, np.int32)])
+def test_a_sum_that_is_none_is_refused(total: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="must be uint32"):
+        dequantise(total, 1.0)

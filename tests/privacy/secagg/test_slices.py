@@ -61,6 +61,14 @@ def test_a_hash_is_of_the_slices_hashes(cores: int) -> None:
     assert digest_of_vector(b"c" * 32, vector) != digest("vector", b"c" * 32, length, *hashes)
 
 
+def test_the_hash_of_a_vector_is_part_of_the_protocol() -> None:
+    """Known answer: a slice of another length would make another hash."""
+    vector = np.arange((1 << 18) + 1, dtype="<u4")
+    assert digest_of_vector(bytes(32), vector).hex() == (
+        "3c82b20cc18f51dedf604f3fd839cb2ff3a06e62a4a77e80349e703c7eb6943b"
+    )
+
+
 def test_coins_are_of_the_slice(cores: int) -> None:
     size = 1 << 20
     values = np.full(2 * size + 5, 0.5, dtype=np.float32)

@@ -270,6 +270,31 @@ class TestWhatIsRefused:
 
         self.refused(finished, WrongRoundError, change, "round 2: expected 1")
 
+    def test_an_upload_of_one_more_after_the_confirmations(self, finished: Simulator) -> None:
+        """Site 2 was dropped in round 2: the server cannot count it in afterwards."""
+
+        def change(found: list[Kept]) -> None:
+            place = first(found, Uploaded, 8)  # of round 2
+            message = found[place]
+            assert isinstance(message, Uploaded)
+            unsigned = replace(message, site=2)
+            signature = finished.identities[2].sign(unsigned.statement())
+            found.insert(first(found, Confirmation, 6) + 1, replace(unsigned, signature=signature))
+
+        self.refused(finished, WrongPhaseError, change, "expected none once uploaders")
+
+    def test_a_round_beyond_the_epoch(self, make_session: Session, make_vectors: Vectors) -> None:
+        made = make_session(rounds=1)
+        made.set_up()
+        made.round(make_vectors(4))
+
+        def change(found: list[Kept]) -> None:
+            opening = found[first(found, Opening)]
+            assert isinstance(opening, Opening)
+            found.append(replace(opening, round=1))
+
+        self.refused(made, WrongRoundError, change, "of 1 in the epoch")
+
     def test_keys_and_deals_out_of_their_time(self, finished: Simulator) -> None:
         def late_key(found: list[Kept]) -> None:
             found.insert(first(found, Dealt) + 1, found[first(found, Advertisement)])
