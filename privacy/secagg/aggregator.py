@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property, wraps
-from random import SystemRandom
+from secrets import SystemRandom
 from threading import Lock
 from types import MappingProxyType
 from typing import Concatenate, ParamSpec, TypeVar
