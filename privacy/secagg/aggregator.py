@@ -9,11 +9,10 @@ lost, a new epoch is needed.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property, wraps
+from functools import cached_property
 from secrets import SystemRandom
 from threading import Lock
 from types import MappingProxyType
-from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -45,7 +44,6 @@ from .messages import (
     Upload,
     Uploaded,
     Uploaders,
-    check_signature,
     digest_of_seed,
     digest_of_shares,
     digest_of_vector,
@@ -54,6 +52,7 @@ from .shamir import combine
 from .shares import MASK_KEYS, SEED
 from .terms import Block, Opening, Setup, check_members
 from .transcript import Kept, Released
+from .turns import waiting
 from .views import (
     check_advertisement,
     check_confirmation,
@@ -61,6 +60,7 @@ from .views import (
     check_dealt,
     check_fresh,
     check_ledger,
+    check_signature,
     check_uploaded,
 )
 
@@ -103,25 +103,6 @@ def _not_kept(message: Kept) -> None:
     """For a session of which no transcript is kept."""
 
 
-_Arguments = ParamSpec("_Arguments")
-_Answer = TypeVar("_Answer")
-
-
-def _in_turn(
-    step: Callable[Concatenate["Aggregator", _Arguments], _Answer],
-) -> Callable[Concatenate["Aggregator", _Arguments], _Answer]:
-    """One step after another, whatever thread it comes from: a vector is added once."""
-
-    @wraps(step)
-    def waiting(
-        aggregator: "Aggregator", /, *arguments: _Arguments.args, **named: _Arguments.kwargs
-    ) -> _Answer:
-        with aggregator._busy:  # noqa: SLF001  it is the aggregator's own
-            return step(aggregator, *arguments, **named)
-
-    return waiting
-
-
 class Aggregator:
     """The server in one epoch. What arrives in a phase is added; closing it gives what goes out.
 
@@ -143,7 +124,8 @@ class Aggregator:
             keep: Takes each message of the transcript, in order, before anything rests on it.
             ledgers: Count and head of each site's ledger by name, as the epochs before left them.
         """
-        self.setup, self._keep, self._busy = setup, keep, Lock()
+        self.setup, self._keep = setup, keep
+        self.busy = Lock()  # a vector that comes twice at once is added once
         self.phase = Phase.ADVERTISEMENTS
         self._advertised: dict[int, Advertisement] = {}
         self._deals: dict[int, Deal] = {}
@@ -156,7 +138,7 @@ class Aggregator:
 
     # Set-up.
 
-    @_in_turn
+    @waiting
     def add_advertisement(self, message: Advertisement) -> None:
         """Takes a site's keys.
 
@@ -171,7 +153,7 @@ class Aggregator:
         self._keys.update((message.channel, *message.masks))
         self._advertised[message.site] = message
 
-    @_in_turn
+    @waiting
     def close_advertisements(self) -> Roster:
         """The roster, for each site on it.
 
@@ -184,7 +166,7 @@ class Aggregator:
         self.phase = Phase.DEALS
         return self._roster
 
-    @_in_turn
+    @waiting
     def add_deal(self, message: Deal) -> None:
         """Takes a site's shares of its mask keys.
 
@@ -201,7 +183,7 @@ class Aggregator:
         self._keep(message.dealt())
         self._deals[message.site] = message
 
-    @_in_turn
+    @waiting
     def close_deals(self) -> dict[int, Deals]:
         """What each member is to be sent, by site.
 
@@ -223,7 +205,7 @@ class Aggregator:
 
     # Each round.
 
-    @_in_turn
+    @waiting
     def open_round(self, model: bytes, blocks: Sequence[Block]) -> Opening:
         """Begins the next round, for each member.
 
@@ -255,7 +237,7 @@ class Aggregator:
         self.phase = Phase.UPLOADS
         return opening
 
-    @_in_turn
+    @waiting
     def add_upload(self, message: Upload) -> None:
         """Takes a masked vector into the sum.
 
@@ -288,7 +270,7 @@ class Aggregator:
         state.uploaded[uploaded.site] = uploaded
         state.shares[uploaded.site] = message.shares
 
-    @_in_turn
+    @waiting
     def close_uploads(self) -> dict[int, Uploaders]:
         """What each uploader is to be sent, by site.
 
@@ -308,7 +290,7 @@ class Aggregator:
             for site in uploaders
         }
 
-    @_in_turn
+    @waiting
     def add_confirmation(self, message: Confirmation) -> None:
         """Takes a site's signature on U.
 
@@ -321,7 +303,7 @@ class Aggregator:
         self._keep(message)
         state.confirmed[message.site] = message
 
-    @_in_turn
+    @waiting
     def close_confirmations(self) -> Confirmations:
         """The signatures, for each site that confirmed.
 
@@ -334,7 +316,7 @@ class Aggregator:
         self.phase = Phase.UNMASKINGS
         return Confirmations(state.opening.round, state.context, found)
 
-    @_in_turn
+    @waiting
     def add_unmasking(self, message: Unmasking) -> None:
         """Takes a site's shares.
 
@@ -364,7 +346,7 @@ class Aggregator:
         check_signature(self.setup, message.site, message.statement(), message.signature, "shares")
         state.unmaskings[message.site] = message
 
-    @_in_turn
+    @waiting
     def total(self) -> np.ndarray:
         """The sum of the uploaders' vectors modulo 2^32, [d] uint32; the round is over.
 

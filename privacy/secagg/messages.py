@@ -12,10 +12,10 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from .encoding import Bytes, Hash, Index, Key, Keys, Many, Number, Signature, Words
-from .errors import ForgedSignatureError, ReusedKeyError
-from .keys import NONCE_BYTES, TAG_BYTES, digest, is_signed
+from .errors import ReusedKeyError
+from .keys import NONCE_BYTES, TAG_BYTES, digest
 from .slices import over_slices
-from .terms import MAX_ROUNDS, MAX_SITES, Setup, Sites
+from .terms import MAX_ROUNDS, MAX_SITES, Sites
 
 _MOST_SHARES = 32 * MAX_ROUNDS + TAG_BYTES
 
@@ -313,16 +313,3 @@ class Unmasking:
         parts = [bytes([share.owner]) + share.value for share in (*self.seeds, *self.masks)]
         counts = bytes((self.site, len(self.seeds)))
         return digest("unmasking", self.context, counts, *parts)
-
-
-def check_signature(setup: Setup, site: int, statement: bytes, signature: bytes, what: str) -> None:
-    """A member signed a statement.
-
-    Raises:
-        ForgedSignatureError: It did not.
-    """
-    if not is_signed(setup.roster[site].identity, statement, signature):
-        raise ForgedSignatureError(
-            f"{what} of {setup.name(site)}: its signature does not hold, expected one by "
-            f"{setup.roster[site].identity.hex()}"
-        )

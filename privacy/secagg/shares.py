@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from .encoding import Buffer
 from .errors import MalformedMessageError, MisdirectedShareError, TamperedCiphertextError
 from .keys import NONCE_BYTES, Entropy, agree, derive, digest, public_of, seal, unseal
-from .messages import SealedShare
+from .messages import Roster, SealedShare
 
 MASK_KEYS, SEED = 1, 2
 """The kinds: shares of all of an epoch's mask keys, and the share of one round's seed."""
@@ -74,21 +74,23 @@ def open_share(
 
 
 def seal_shares(
-    values: Mapping[int, bytes],
+    values: Sequence[bytes],
+    sites: Sequence[int],
     kind: int,
     source: int,
     context: bytes,
-    channels: Mapping[int, bytes],
+    roster: Roster,
     entropy: Entropy,
 ) -> tuple[bytes, tuple[SealedShare, ...]]:
     """Seals one message's shares with a key that is forgotten here.
 
     Args:
-        values: The share for each destination.
+        values: Everybody's share, by place on the set-up's roster.
+        sites: For whom; the source keeps its own.
         kind: Of what.
         source: From whom.
         context: What they belong to.
-        channels: The sites' channel keys.
+        roster: The sites' channel keys.
         entropy: For key and nonces.
 
     Returns:
@@ -98,9 +100,11 @@ def seal_shares(
         WeakKeyError: A destination's key is none.
     """
     private = entropy(32)
+    channels = {advertised.site: advertised.channel for advertised in roster.advertisements}
     return public_of(private), tuple(
-        seal_share(value, (kind, source, site), context, private, channels[site], entropy)
-        for site, value in values.items()
+        seal_share(values[site], (kind, source, site), context, private, channels[site], entropy)
+        for site in sites
+        if site != source
     )
 
 

@@ -16,11 +16,10 @@ Whatever is sent is saved first. Each method may be called again with what it wa
 answers with the same bytes, or refuses; a refusal changes nothing that is kept.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import wraps
 from threading import Lock
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -35,7 +34,6 @@ from .errors import (
     SecondUnmaskError,
     SplitViewError,
     StaleEpochError,
-    StateInUseError,
     SwappedIdentityError,
     TwoVectorsError,
     WrongPhaseError,
@@ -64,6 +62,7 @@ from .shamir import split
 from .shares import MASK_KEYS, SEED, open_shares, seal_shares
 from .state import CurrentRound, Held, OpenEpoch, SiteState, Store
 from .terms import Floor, Opening, Setup
+from .turns import refusing
 from .views import (
     check_confirmed,
     check_current,
@@ -75,29 +74,7 @@ from .views import (
 )
 
 _NO_SIGNATURE = bytes(64)
-
-
-_Arguments = ParamSpec("_Arguments")
-_Answer = TypeVar("_Answer")
-
-
-def _alone(
-    step: Callable[Concatenate["Site", _Arguments], _Answer],
-) -> Callable[Concatenate["Site", _Arguments], _Answer]:
-    """One step at a time: two at once could answer two ways. The second one is refused."""
-
-    @wraps(step)
-    def guarded(
-        site: "Site", /, *arguments: _Arguments.args, **named: _Arguments.kwargs
-    ) -> _Answer:
-        if not site._busy.acquire(blocking=False):  # noqa: SLF001  it is the site's own
-            raise StateInUseError(f"{site.name}: is in another step, expected one at a time")
-        try:
-            return step(site, *arguments, **named)
-        finally:
-            site._busy.release()  # noqa: SLF001
-
-    return guarded
+_Signed = TypeVar("_Signed", Advertisement, Deal, Uploaded, Unmasking)
 
 
 class Site:
@@ -140,7 +117,7 @@ class Site:
             )
         self.name, self._run, self._identity, self._pinned = name, run, identity, pinned
         self._store, self._floor, self._entropy = store, floor, entropy
-        self._busy = Lock()
+        self.busy = Lock()  # two steps at once could answer two ways
         self._sent: Upload | None = None  # a vector is kept in memory only, for as long as it may
         self._saved = store.load()
         self._state = SiteState(name, run)
@@ -149,7 +126,7 @@ class Site:
 
     # Set-up, once an epoch.
 
-    @_alone
+    @refusing
     def advertise(self, setup: Setup) -> Advertisement:
         """Begins an epoch: fresh keys for its rounds, signed. A former epoch ends, erased.
 
@@ -171,13 +148,12 @@ class Site:
         channel, *masks = (self._entropy(32) for _ in range(1 + setup.rounds))
         public = tuple(public_of(mask) for mask in masks)
         unsigned = Advertisement(own, setup.digest, public_of(channel), public, _NO_SIGNATURE)
-        signature = self._identity.sign(unsigned.statement())
-        advertisement = replace(unsigned, signature=signature)
+        advertisement = self._signed(unsigned, unsigned.statement())
         self._save(OpenEpoch(setup, channel, 0, tuple(masks), advertisement))
         self._sent = None
         return advertisement
 
-    @_alone
+    @refusing
     def deal(self, roster: Roster) -> Deal:
         """Takes the others' keys and deals each a share of its own mask keys.
 
@@ -199,20 +175,14 @@ class Site:
         context = roster.digest
         values = split(b"".join(epoch.masks), setup.numbers.t, setup.numbers.n, self._entropy)
         channel, shares = seal_shares(
-            {other: values[other] for other in roster.sites if other != own},
-            MASK_KEYS,
-            own,
-            context,
-            self._channels(roster),
-            self._entropy,
+            values, roster.sites, MASK_KEYS, own, context, roster, self._entropy
         )
         unsigned = Deal(own, channel, shares, _NO_SIGNATURE)
-        signature = self._identity.sign(unsigned.dealt().statement(context))
-        deal = replace(unsigned, signature=signature)
+        deal = self._signed(unsigned, unsigned.dealt().statement(context))
         self._save(replace(epoch, roster=roster, deal=deal))
         return deal
 
-    @_alone
+    @refusing
     def accept(self, deals: Deals) -> None:
         """Takes the others' shares; whoever dealt is a member from here on.
 
@@ -240,7 +210,7 @@ class Site:
 
     # Each round.
 
-    @_alone
+    @refusing
     def open_round(self, opening: Opening, model: bytes) -> Upload | None:
         """Begins a round; every one before it is over, its keys and shares are erased.
 
@@ -294,7 +264,7 @@ class Site:
         self._sent = None
         return None
 
-    @_alone
+    @refusing
     def upload(
         self, opening: Opening, vector: np.ndarray, ledger_count: int, ledger_head: bytes
     ) -> Upload:
@@ -331,12 +301,7 @@ class Site:
         masks = [self_mask(seed, context, own), *self._pair_masks(epoch, opening)]
         values = split(seed, epoch.setup.numbers.t, epoch.setup.numbers.n, self._entropy)
         channel, shares = seal_shares(
-            {other: values[other] for other in epoch.members if other != own},
-            SEED,
-            own,
-            context,
-            self._channels(self._roster(epoch)),
-            self._entropy,
+            values, epoch.members, SEED, own, context, self._roster(epoch), self._entropy
         )
         unsigned = Uploaded(
             own,
@@ -354,14 +319,14 @@ class Site:
         vector.flags.writeable = False  # from here on it is the message's, whatever happens
         add_masks(masked, masks)
         unsigned = replace(unsigned, vector=digest_of_vector(context, vector))
-        uploaded = replace(unsigned, signature=self._identity.sign(unsigned.statement()))
+        uploaded = self._signed(unsigned, unsigned.statement())
         upload = Upload(vector, uploaded, shares)
         seeds = (Share(own, values[own]),)
         self._save(replace(epoch, current=replace(current, uploaded=uploaded, seeds=seeds)))
         self._sent = upload
         return upload
 
-    @_alone
+    @refusing
     def confirm(self, uploaders: Uploaders) -> Confirmation:
         """Takes the set U of those in the sum, and signs it; one set a round.
 
@@ -403,7 +368,7 @@ class Site:
         self._sent = None  # the server has it: this site is in U
         return confirmation
 
-    @_alone
+    @refusing
     def unmask(self, confirmations: Confirmations) -> Unmasking:
         """Gives its shares, once t of U have signed the very U that it has signed itself.
 
@@ -436,12 +401,12 @@ class Site:
         dropped = (member for member in epoch.members if member not in uploaders)
         masks = tuple(Share(owner, epoch.share_of(owner, opening.round)) for owner in dropped)
         unsigned = Unmasking(own, context, current.seeds, masks, _NO_SIGNATURE)
-        unmasking = replace(unsigned, signature=self._identity.sign(unsigned.statement()))
+        unmasking = self._signed(unsigned, unsigned.statement())
         after = replace(current, seeds=(), asked=asked, unmasking=unmasking)
         self._save(replace(epoch.erased(opening.round + 1), current=after))
         return unmasking
 
-    @_alone
+    @refusing
     def end_epoch(self) -> None:
         """Erases all that is left of the epoch; it is never opened again."""
         if self._state.epoch is not None:
@@ -506,9 +471,8 @@ class Site:
             )
         return sent
 
-    @staticmethod
-    def _channels(roster: Roster) -> dict[int, bytes]:
-        return {advertised.site: advertised.channel for advertised in roster.advertisements}
+    def _signed(self, unsigned: _Signed, statement: bytes) -> _Signed:
+        return replace(unsigned, signature=self._identity.sign(statement))
 
     def _pair_masks(self, epoch: OpenEpoch, opening: Opening) -> list[Mask]:
         own, context = epoch.advertisement.site, opening.context

@@ -11,6 +11,7 @@ from .errors import (
     DifferentContextError,
     DifferentRosterError,
     DifferentSetupError,
+    ForgedSignatureError,
     ReusedKeyError,
     RolledBackLedgerError,
     SplitViewError,
@@ -30,7 +31,6 @@ from .messages import (
     Roster,
     Uploaded,
     Uploaders,
-    check_signature,
     statement_on_uploaders,
 )
 from .terms import Opening, Setup, check_members
@@ -240,6 +240,19 @@ def check_uploaders(
         raise UnknownSiteError(f"uploaders: signed by {signed}, expected {uploaders.uploaders}")
     for uploaded in uploaders.uploaded:
         check_uploaded(setup, members, context, uploaded)
+
+
+def check_signature(setup: Setup, site: int, statement: bytes, signature: bytes, what: str) -> None:
+    """A member signed a statement.
+
+    Raises:
+        ForgedSignatureError: It did not.
+    """
+    if not is_signed(setup.roster[site].identity, statement, signature):
+        raise ForgedSignatureError(
+            f"{what} of {setup.name(site)}: its signature does not hold, expected one by "
+            f"{setup.roster[site].identity.hex()}"
+        )
 
 
 def check_uploaded(

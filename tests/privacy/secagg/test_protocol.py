@@ -490,7 +490,7 @@ class TestOneAtATime:
         # An opening saves twice: when the round is opened, and with the vector.
         assert len(refused) == steps * (2 if kind is Opening else 1)
         assert all("is in another step, expected one at a time" in text for text in refused)
-        with pytest.raises(StateInUseError), made.sites[1]._busy:
+        with pytest.raises(StateInUseError), made.sites[1].busy:
             made.sites[1].end_epoch()
 
     def test_a_twin_on_the_same_store_is_refused(
