@@ -6,8 +6,9 @@ Importing it loads neither torch nor Flower; every handler imports what it needs
 import logging
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import click
 import typer
 
 from .. import __version__
@@ -42,14 +43,20 @@ def main() -> None:
         level=logging.DEBUG if debug else logging.CRITICAL, format="%(name)s: %(message)s"
     )
     try:
-        app(arguments, prog_name="fedveil")
+        code = app(arguments, prog_name="fedveil", standalone_mode=False)
     except FedveilError as error:
         _fail(str(error), error.exit_code, debug=debug)
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.exit(error.exit_code)  # making the error has printed the help
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "fedveil"
+        _fail(f"{error.format_message()} See `{command} --help`", error.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001  an error that nobody foresaw is one line too
         _fail(f"{type(error).__name__}: {error}; --debug shows where", 1, debug=debug)
+    sys.exit(code)
 
 
-def _fail(text: str, exit_code: int, *, debug: bool) -> None:
+def _fail(text: str, exit_code: int, *, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201

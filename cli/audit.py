@@ -51,7 +51,7 @@ def transcript(
     for epoch in facts["epochs"]:
         typer.echo(
             "  epoch {epoch}: {n} sites, threshold {t}, at least {n_min} uploaders, safe against "
-            "the server and {t_collude} colluding sites".format(**epoch)
+            "the server with up to {t_collude} of them".format(**epoch)
         )
     for found in facts["rounds"]:
         outcome = f"sum {found['sum'][:16]}" if found["sum"] else "no sum"

@@ -95,7 +95,9 @@ class TestStart:
         assert process(sys.executable, "-c", code, cwd=tmp_path).stdout == "[]\n"
 
     def test_no_command_is_a_wrong_call(self, call: Call) -> None:
-        assert call().code == 2
+        result = call()
+        assert result.code == 2
+        assert (result.out + result.err).count("Usage: fedveil") == 1
 
     @pytest.mark.parametrize(
         "wrong", [["fly"], ["simulate"], ["--fly"], ["sample", "x", "-n", "y"]]
@@ -104,8 +106,9 @@ class TestStart:
         result = call(*wrong)
         assert result.code == 2
         assert result.out == ""
-        assert "Error" in result.err
-        assert "Traceback" not in result.err
+        assert result.err.startswith("error: ")
+        assert "--help`" in result.err
+        assert result.err.count("\n") == 1
 
 
 class TestSimulate:

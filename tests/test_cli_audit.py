@@ -34,7 +34,7 @@ def test_what_it_says(call: Call, kept: tuple[Path, Path]) -> None:
     assert result.code == 0
     lines = result.out.splitlines()
     assert lines[0] == f"{transcript}: every signature holds; run simulated"
-    assert lines[1].endswith("safe against the server and 1 colluding sites")
+    assert lines[1].endswith("safe against the server with up to 1 of them")
     assert lines[2].startswith("  epoch 0 round 0: 3 uploaded, 3 confirmed; sum ")
     assert lines[2].endswith(", says the server")
     assert lines[4].startswith("  site-000: its ledger has 2 entries, head ")

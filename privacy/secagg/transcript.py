@@ -132,14 +132,15 @@ def _messages(data: Buffer) -> Iterator[Kept]:
         length = reader.number(4, "transcript")
         if length > _MAX_MESSAGE:
             raise MalformedMessageError(
-                f"transcript: a message of {length} bytes, expected at most {_MAX_MESSAGE}"
+                f"transcript: a message of {length} bytes, expected at most {_MAX_MESSAGE}; "
+                "it is no transcript, or was altered"
             )
         body = reader.take(length, "transcript")
         kind = body[3] if length > 3 else 0
         if kind not in _KINDS:
             raise MalformedMessageError(
                 f"transcript: a message of kind {kind}, expected one of {sorted(_KINDS)} in "
-                f"version {VERSION}"
+                f"version {VERSION}; it is no transcript, or was altered"
             )
         yield decode(_KINDS[kind], body)
 
