@@ -18,12 +18,14 @@ from .options import (
     Clean,
     CompositionName,
     Data,
+    EncryptionName,
     Evaluation,
     Federation,
     MechanismName,
     Options,
     Policy,
     Privacy,
+    Secagg,
     StrategyName,
     Training,
     UnitName,
@@ -48,16 +50,19 @@ __all__ = [
     "CompositionName",
     "ConfigError",
     "Data",
+    "EncryptionName",
     "Federation",
     "FedveilError",
     "MechanismName",
     "Options",
     "Policy",
     "RunConfig",
+    "Secagg",
     "StrategyName",
     "UnitName",
     "VaeOptions",
     "check_compatibility",
+    "least_threshold",
     "load_config",
     "not_below",
     "override",
@@ -70,28 +75,44 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Allowed:
-    """A row of the compatibility table: what a mechanism protects against and goes with."""
+    """A row of the compatibility table: what a mechanism protects against and goes with.
+
+    The first of each is the default.
+    """
 
     against: str
     strategies: tuple[StrategyName, ...]
     units: tuple[UnitName, ...]
+    encryptions: tuple[EncryptionName, ...] = ("none", "sealed", "secagg")
 
 
 COMPATIBILITY: Mapping[MechanismName, Allowed] = {
+    "distributed": Allowed(
+        against="everyone: the server, and up to secagg.t_collude sites beside it",
+        strategies=("adam", "sgd"),
+        units=("record", "person"),
+        encryptions=("secagg",),
+    ),
     "central": Allowed(
         against="everyone but the server, which sees each site's un-noised sums",
         strategies=("adam", "sgd"),
-        units=("record",),
+        units=("record", "person"),
     ),
     "local": Allowed(
         against="everyone, the server and the other sites included",
         strategies=("fedavg", "fedprox", "fedadam", "median"),
-        units=("record",),
+        units=("record", "person"),
+    ),
+    "site": Allowed(
+        against="everyone: the server, and up to secagg.t_collude sites beside it",
+        strategies=("fedavg", "fedadam"),
+        units=("site",),
+        encryptions=("secagg", "none", "sealed"),
     ),
     "none": Allowed(
         against="NOBODY: THIS RUN IS NOT PRIVATE",
         strategies=("adam", "sgd", "fedavg", "fedprox", "fedadam", "median"),
-        units=("record",),
+        units=("record", "person"),
     ),
 }
 
@@ -108,6 +129,17 @@ _LEARNING_RATES: Mapping[StrategyName, float] = {
 _SERVER_STEPS: tuple[StrategyName, ...] = ("adam", "sgd")
 # More records a step drown the noise, at more seconds a round; beyond this the gain was small.
 _EXPECTED_BATCH = 512
+# Under `site`, every evaluation is of the same records as the training, and of its budget.
+_EVALUATED_SHARE = 0.1
+
+
+def least_threshold(n: int, t_collude: int) -> int:
+    """floor((n + t_collude) / 2) + 1: the smallest safe threshold of a secure sum.
+
+    For the server to have two sets of uploaders confirmed, t - t_collude honest sites must sign
+    each, and none signs two: 2 (t - t_collude) <= n - t_collude. One more than that is impossible.
+    """
+    return (n + t_collude) // 2 + 1
 
 
 class RunConfig(Options):
@@ -120,6 +152,7 @@ class RunConfig(Options):
     training: Training = Training()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
+    secagg: Secagg = Secagg()
     evaluation: Evaluation = Evaluation()
     policy: Policy = Policy()
 
@@ -127,6 +160,29 @@ class RunConfig(Options):
     def strategy(self) -> StrategyName:
         """The strategy in force: the one asked for, or the mechanism's first."""
         return self.aggregation.strategy or COMPATIBILITY[self.privacy.mechanism].strategies[0]
+
+    @property
+    def encryption(self) -> EncryptionName:
+        """How replies travel: as asked for, or the mechanism's first."""
+        allowed = COMPATIBILITY[self.privacy.mechanism]
+        return self.aggregation.encryption or allowed.encryptions[0]
+
+    @property
+    def unit(self) -> UnitName:
+        """The privacy unit in force: the one asked for, or the mechanism's first."""
+        return self.privacy.unit or COMPATIBILITY[self.privacy.mechanism].units[0]
+
+    @property
+    def threshold(self) -> int:
+        """The secure sum's threshold in force."""
+        least = least_threshold(self.federation.sites, self.secagg.t_collude)
+        return self.secagg.threshold or least
+
+    @property
+    def n_min(self) -> int:
+        """The least number of sites in a secure sum in force."""
+        sites = self.federation.sites
+        return self.secagg.n_min or max(self.threshold, sites - max(1, sites // 10))
 
     @property
     def trains_at_sites(self) -> bool:
@@ -145,20 +201,30 @@ class RunConfig(Options):
         return declared
 
     @property
-    def training_records(self) -> float:
-        """The declared records less the shares that are held out."""
-        return self.records * (1 - self.data.holdout - self.data.audit)
+    def units(self) -> int:
+        """The declared public number of privacy units in the whole federation."""
+        if self.unit == "site":
+            return self.federation.sites
+        if self.unit == "record":
+            return self.records
+        if self.data.persons is None:
+            raise ConfigError(
+                "data.persons: missing: declare the public number of persons, a round number that "
+                "may be published"
+            )
+        return self.data.persons
 
     @property
     def pool(self) -> float:
-        """The declared number of records that a step samples from: all, or one site's."""
-        pool = self.training_records
+        """The declared number of records or persons that a step samples from: all, or a site's."""
+        whole = self.records if self.unit == "site" else self.units
+        pool = whole * (1 - self.data.holdout - self.data.audit)
         return pool / self.federation.sites if self.trains_at_sites else pool
 
     @property
     def delta(self) -> float:
         """The delta in force."""
-        return self.privacy.delta or min(1e-5, self.records**-1.5)
+        return self.privacy.delta or min(1e-5, self.units**-1.5)
 
     @property
     def sampling_rate(self) -> float:
@@ -167,8 +233,10 @@ class RunConfig(Options):
 
     @property
     def epsilon_holdout(self) -> float:
-        """The hold-out's epsilon in force."""
-        return self.privacy.epsilon_holdout or self.privacy.epsilon
+        """The hold-out's epsilon in force; under unit `site` a part of the run's."""
+        whole = self.privacy.epsilon
+        default = _EVALUATED_SHARE * whole if self.unit == "site" else whole
+        return self.privacy.epsilon_holdout or default
 
     @property
     def evaluate_every(self) -> int:
@@ -206,10 +274,15 @@ class RunConfig(Options):
     @property
     def min_replies(self) -> int:
         """The fewest usable replies in force."""
+        if self.encryption == "secagg":
+            return self.n_min
         return self.federation.min_replies or self.federation.sites // 2 + 1
 
     def resolved(self) -> "RunConfig":
         """This configuration with every default written in that follows from it alone."""
+        secagg = {}
+        if self.encryption == "secagg":
+            secagg = {"n_min": self.n_min, "threshold": self.threshold}
         return self.model_copy(
             update={
                 "federation": self.federation.model_copy(update={"min_replies": self.min_replies}),
@@ -219,12 +292,16 @@ class RunConfig(Options):
                 "training": self.training.model_copy(update={"learning_rate": self.learning_rate}),
                 "privacy": self.privacy.model_copy(
                     update={
+                        "unit": self.unit,
                         "delta": self.delta,
                         "sampling_rate": self.sampling_rate,
                         "epsilon_holdout": self.epsilon_holdout,
                     }
                 ),
-                "aggregation": self.aggregation.model_copy(update={"strategy": self.strategy}),
+                "aggregation": self.aggregation.model_copy(
+                    update={"strategy": self.strategy, "encryption": self.encryption}
+                ),
+                "secagg": self.secagg.model_copy(update=secagg),
                 "evaluation": self.evaluation.model_copy(update={"every": self.evaluate_every}),
             }
         )
@@ -255,19 +332,21 @@ def check_compatibility(config: RunConfig) -> None:
             f'aggregation.strategy = "{config.strategy}": does not go with privacy.mechanism = '
             f'"{mechanism}"; use {_either(allowed.strategies)}'
         )
-    if config.privacy.unit not in allowed.units:
+    if config.unit not in allowed.units:
         raise ValueError(
-            f'privacy.unit = "{config.privacy.unit}": does not go with privacy.mechanism = '
+            f'privacy.unit = "{config.unit}": does not go with privacy.mechanism = '
             f'"{mechanism}"; use {_either(allowed.units)}'
         )
-    _check_strategy(config)
-    # By the declared size only: to look at the data for it would be a release.
-    declared = config.data.records or BUILT_IN_SIZES.get(config.data.source)
-    if declared and config.delta >= 1 / declared:
+    if config.encryption not in allowed.encryptions:
         raise ValueError(
-            f"privacy.delta = {config.delta:g}: must be below 1/{declared} records, or "
-            "publishing a record whole would pass"
+            f'aggregation.encryption = "{config.encryption}": does not go with privacy.mechanism = '
+            f'"{mechanism}", where a site adds a share of the noise and only the sum is private; '
+            f"use {_either(allowed.encryptions)}"
         )
+    _check_strategy(config)
+    _check_unit(config)
+    if config.encryption == "secagg":
+        _check_secagg(config)
     if config.data.ledger is not None:
         _check_durable(config)
     if config.policy.composition == "rdp" and config.policy.epsilon_lifetime is None:
@@ -305,6 +384,59 @@ def _check_strategy(config: RunConfig) -> None:
             raise ValueError(
                 f'aggregation.{option}: goes with aggregation.strategy = "{strategy}" only'
             )
+
+
+def _check_unit(config: RunConfig) -> None:
+    """Sizes and options hang on what is hidden."""
+    if (config.unit == "person") != (config.data.persons is not None):
+        raise ValueError(
+            "data.persons: declare the public number of persons, and only with privacy.unit = "
+            '"person"'
+        )
+    # By the declared size only: to look at the data for it would be a release.
+    known = config.data.records or BUILT_IN_SIZES.get(config.data.source)
+    declared = config.units if config.unit != "record" else known
+    if declared and config.delta >= 1 / declared:
+        raise ValueError(
+            f"privacy.delta = {config.delta:g}: must be below 1/{declared} {config.unit}s, or "
+            f"publishing a {config.unit} whole would pass"
+        )
+    if config.unit != "site":
+        for option in ("clipping", "clipping_quantile"):
+            if getattr(config.privacy, option) != Privacy.model_fields[option].default:
+                raise ValueError(f'privacy.{option}: goes with privacy.mechanism = "site" only')
+        return
+    if config.evaluations and config.epsilon_holdout >= config.privacy.epsilon:
+        raise ValueError(
+            f"privacy.epsilon_holdout = {config.epsilon_holdout:g}: must be below privacy.epsilon "
+            f"= {config.privacy.epsilon:g}, for a site's held-out records are the same site's"
+        )
+    if config.evaluation.training_share:
+        raise ValueError(
+            f"evaluation.training_share = {config.evaluation.training_share:g}: goes with the "
+            "units record and person"
+        )
+
+
+def _check_secagg(config: RunConfig) -> None:
+    """What the secure sum asks of the roster; what its numbers must be, `plan` says."""
+    sites, shared = config.federation.sites, config.privacy.mechanism in {"distributed", "site"}
+    if sites < (3 if shared else 2):
+        raise ValueError(
+            f'federation.sites = {sites}: aggregation.encryption = "secagg" needs at least '
+            f"{3 if shared else 2} sites; use more, or privacy.mechanism = "
+            '"central" with aggregation.encryption = "none"'
+        )
+    if config.strategy == "median":
+        raise ValueError(
+            'aggregation.strategy = "median": needs each site\'s model, and aggregation.encryption '
+            '= "secagg" shows their sum only; use "fedavg", or another encryption'
+        )
+    if config.federation.min_replies not in {None, config.n_min}:
+        raise ValueError(
+            f"federation.min_replies = {config.federation.min_replies}: set secagg.n_min instead, "
+            f"here {config.n_min}"
+        )
 
 
 def _check_durable(config: RunConfig) -> None:

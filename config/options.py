@@ -4,9 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MechanismName = Literal["none", "central", "local"]
+MechanismName = Literal["distributed", "central", "local", "site", "none"]
 StrategyName = Literal["sgd", "adam", "fedavg", "fedprox", "fedadam", "median"]
-UnitName = Literal["record"]
+UnitName = Literal["record", "person", "site"]
+EncryptionName = Literal["none", "sealed", "secagg"]
 CompositionName = Literal["addition", "rdp"]
 
 Positive = Annotated[float, Field(gt=0)]
@@ -82,6 +83,11 @@ class Data(Options):
         None,
         description="Declared, public size of the whole federation's data; never read off the "
         "data. Known for `sklearn:` sources.",
+    )
+    persons: Count | None = Field(
+        None,
+        description="Declared, public number of persons in the whole federation's data; goes with "
+        '`privacy.unit = "person"`.',
     )
     partition: Literal["iid", "dirichlet", "column"] = Field(
         "iid", description="How a simulation shares the records out to its sites."
@@ -180,8 +186,12 @@ class Training(Options):
 class Privacy(Options):
     """What is promised, and how it is kept."""
 
-    unit: UnitName = Field("record", description="What is hidden: one record.")
-    mechanism: MechanismName = Field("central", description="Where noise is added; see below.")
+    unit: UnitName | None = Field(
+        None,
+        description="What is hidden: one `record`, one `person` (all records with one value of the "
+        "schema's `person`), one `site`. Default: the mechanism's first.",
+    )
+    mechanism: MechanismName = Field("distributed", description="Where noise is added; see below.")
     epsilon: float = Field(
         3.0, gt=0, le=100, description="Budget of the whole run over training records."
     )
@@ -193,8 +203,17 @@ class Privacy(Options):
     )
     delta: float | None = Field(None, gt=0, lt=1, description="Default: min(1e-5, records^-1.5).")
     clipping_norm: float = Field(
-        1.0, ge=1e-6, le=1e6, description="L2 bound of one record's gradient."
+        1.0,
+        ge=1e-6,
+        le=1e6,
+        description="L2 bound of what one privacy unit adds: a gradient or, of a site, its update.",
     )
+    clipping: Literal["fixed", "adaptive"] = Field(
+        "fixed",
+        description="`adaptive`: the bound follows a quantile of the sites' updates, from "
+        '`clipping_norm` on (`mechanism = "site"`).',
+    )
+    clipping_quantile: float = Field(0.5, gt=0, lt=1, description="Which quantile (`adaptive`).")
     sampling_rate: float | None = Field(
         None,
         gt=0,
@@ -207,13 +226,40 @@ class Aggregation(Options):
     """What the server does with the sites' replies."""
 
     strategy: StrategyName | None = Field(
-        None, description="Default: `adam`; `fedavg` under `local`."
+        None, description="Default: `adam`; `fedavg` under `local` and `site`."
+    )
+    encryption: EncryptionName | None = Field(
+        None,
+        description="How replies travel: `secagg`, only their sum can be read; `sealed`, by the "
+        "server only; `none`. Default: `secagg` under `distributed` and `site`.",
     )
     server_learning_rate: Positive = Field(
         0.01, description="Of the server's own step on the sites' mean change (`fedadam`)."
     )
     proximal: Positive = Field(
         0.01, description="Weight of what holds a site's model to the server's (`fedprox`)."
+    )
+
+
+class Secagg(Options):
+    """The numbers of the secure sum, public and signed by every site; go with `secagg` only."""
+
+    t_collude: int = Field(
+        1, ge=0, le=253, description="Colluding sites, beside the server, that it is safe against."
+    )
+    n_min: Count | None = Field(
+        None,
+        description="The least number of sites in a sum. Default: a tenth of them may drop out, "
+        "one at least, if the threshold allows it.",
+    )
+    threshold: Count | None = Field(
+        None, description="Sites that must stay to the end of a round. Default: the least safe one."
+    )
+    epoch_rounds: int = Field(
+        64, ge=1, le=4096, description="Rounds that the sites' keys are agreed for at once."
+    )
+    deadline: float = Field(
+        600.0, gt=0, le=86_400, description="Seconds that a site has for each step of a round."
     )
 
 

@@ -176,7 +176,7 @@ def _plan(config: RunConfig) -> Plan:
     targets = [config.privacy.epsilon] + [config.epsilon_holdout] * bool(config.evaluations)
     return Plan(
         mechanism=mechanism,
-        unit=config.privacy.unit,
+        unit=config.unit,
         against=COMPATIBILITY[mechanism].against,
         target_epsilon=None if none else max(targets),
         epsilon=None if training is None else max(training, holdout or 0.0),

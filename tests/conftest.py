@@ -36,7 +36,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
         "federation": {"sites": 3, "rounds": 2},
         "data": {"source": "sklearn:digits"},
         "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
-        "privacy": {"epsilon": 8.0},
+        "privacy": {"epsilon": 8.0, "mechanism": "central"},
     }
     for section, options in sections.items():
         raw.setdefault(section, {}).update(options)

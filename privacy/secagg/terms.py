@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, get_args
 
-from ...config import ConfigError
+from ...config import ConfigError, least_threshold
 from .encoding import MAX_WORDS, Hash, Index, Key, Many, Name, Number, Real, encode
 from .errors import (
     BelowFloorError,
@@ -29,15 +29,6 @@ MAX_EPOCH = 2**32 - 2  # the one after it has a number, too
 MAX_SCALE = 2.0**31  # steps for one unit: a finer grid than the 32 bits have is none
 Sites = Annotated[tuple[Index, ...], Many(0, MAX_SITES, ascending=True)]
 """A set of sites, by their places on the roster."""
-
-
-def least_threshold(n: int, t_collude: int) -> int:
-    """floor((n + t_collude) / 2) + 1: the smallest safe threshold.
-
-    For the server to have two sets of uploaders confirmed, t - t_collude honest sites must sign
-    each, and none signs two: 2 (t - t_collude) <= n - t_collude. One more than that is impossible.
-    """
-    return (n + t_collude) // 2 + 1
 
 
 @dataclass(frozen=True)
