@@ -3,6 +3,8 @@
 Reading refuses what is not exactly a message: a missing or foreign key, a wrong type.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +24,22 @@ TRAIN = "train.step"
 EVALUATE = "evaluate.model"
 """The action in which a site evaluates only: the model after the last round."""
 
+ADVERTISE = "query.advertise"
+"""The action in which a site makes its keys for the rounds of an epoch of secure sums."""
+
+DEAL = "query.deal"
+"""The action in which it deals the others shares of them."""
+
+CONFIRM = "query.confirm"
+"""The action in which it signs whose vectors are in a round's sum."""
+
+UNMASK = "query.unmask"
+"""The action in which it helps to unmask that sum."""
+
+def site_name(number: int) -> str:
+    """What a simulated site is called, by its number; ascending as the numbers."""
+    return f"site-{number:03d}"
+
 
 NO_LEDGER = (0, "")
 """Count and head hash of a ledger that is not known."""
@@ -35,6 +53,16 @@ class Refusal(Enum):
     """Why a site takes no part: by configuration and budget, never by what its records say."""
 
     CONFIGURATION = "the configuration is not acceptable to the site"
+    ROSTER = "fewer sites or colluders than its policy asks"
+    MECHANISM = "its policy does not allow the mechanism"
+    UNIT = "its policy does not allow the privacy unit"
+    FAMILY = "its policy does not allow the family"
+    ENCRYPTION = "its policy does not allow the encryption"
+    PARAMETERS = "the model has more parameters than its policy allows"
+    PRICE = "the run costs more than its policy allows"
+    COORDINATOR = "the run is not signed by the coordinator that its policy names"
+    CONFORMANCE = "its self-test of the mechanism fails"
+    PROTOCOL = "the secure sum's protocol does not allow it"
     BUDGET = "its budget has no such release left"
     LEDGER = "its ledger cannot be used"
     FAILED = "the site fails even without records; its own log says why"
@@ -54,6 +82,13 @@ class Task:
         released: The model to evaluate, and
         exam: the questions; both empty without an evaluation.
         ledger: Count and head hash of the site's ledger, as the server saw them last.
+        clipping_norm: The bound of a site's update, where that changes from round to round.
+        aggregator: The X25519 key that replies are sealed for; empty where they are not.
+        coordinator: The Ed25519 key of who asks, and
+        signature: its signature on the run (`run_statement`).
+        opening: The secure sum's `Opening`, as bytes; empty without one.
+        deals: Its `Deals` for this site, until it has taken them.
+        digest: SHA-256 of all that is the same for every site; made when it is read.
     """
 
     run_id: str
@@ -65,6 +100,13 @@ class Task:
     released: Mapping[str, np.ndarray]
     exam: Mapping[str, np.ndarray]
     ledger: tuple[int, str]
+    clipping_norm: float = 0.0
+    aggregator: bytes = b""
+    coordinator: bytes = b""
+    signature: bytes = b""
+    opening: bytes = b""
+    deals: bytes = b""
+    digest: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,7 @@ class Update:
         arrays: A gradient sum, or a model after local steps; empty for an evaluation alone.
         sums: What was asked of the records, added up; empty without an evaluation.
         ledger: Count and head hash of the site's ledger, this round's commits included.
+        upload: Instead of arrays and sums: the `Upload` of a secure sum or a `SealedReply`.
     """
 
     run_id: str
@@ -86,6 +129,20 @@ class Update:
     arrays: Mapping[str, np.ndarray]
     sums: Mapping[str, np.ndarray]
     ledger: tuple[int, str]
+    upload: bytes = b""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A message of the secure sum's protocol, either way.
+
+    Attributes:
+        run_id: Of which run.
+        body: The message, as bytes.
+    """
+
+    run_id: str
+    body: bytes
 
 
 @dataclass(frozen=True)
@@ -98,28 +155,116 @@ class Refused:
     code: Refusal
 
 
-def pack(message: Task | Update | Refused) -> RecordDict:
+def pack(message: Task | Update | Refused | Step) -> RecordDict:
     """A message as Flower records."""
-    facts: dict[str, str | int] = {
+    if isinstance(message, Step):
+        facts = ConfigRecord({"run-id": message.run_id})
+        return RecordDict({"facts": facts, "step": _raw(message.body)})
+    about: dict[str, str | int] = {
         "run-id": message.run_id, "round": message.round, "evaluation": message.evaluation,
     }  # fmt: skip
     if isinstance(message, Refused):
-        return RecordDict({"facts": ConfigRecord({**facts, "refused": message.code.name})})
-    facts |= {"ledger-count": message.ledger[0], "ledger-hash": message.ledger[1]}
+        return RecordDict({"facts": ConfigRecord({**about, "refused": message.code.name})})
+    own: dict[str, str | int | float | bytes] = {**about}
+    own |= {"ledger-count": message.ledger[0], "ledger-hash": message.ledger[1]}
     if isinstance(message, Task):
-        facts |= {"config": message.config, "schema": message.schema}
-    content = RecordDict({"facts": ConfigRecord({**facts})})
+        own |= {name: getattr(message, name) for name in _TASK_FACTS}
+    content = RecordDict({"facts": ConfigRecord({**own})})
     for part in _TASK_ARRAYS if isinstance(message, Task) else _UPDATE_ARRAYS:
         arrays = getattr(message, part)
         content[part] = _encode(arrays)
+    if isinstance(message, Update):
+        content["upload"] = _raw(message.upload)
     return content
 
 
-def pack_for(packed: RecordDict, ledger: tuple[int, str]) -> RecordDict:
-    """A packed task for another site: its own ledger head, and the same arrays, not copied."""
-    head = ConfigRecord({"ledger-count": ledger[0], "ledger-hash": ledger[1]})
-    facts = ConfigRecord({**packed.config_records["facts"], **head})
+def pack_for(
+    packed: RecordDict, ledger: tuple[int, str], opening: bytes = b"", deals: bytes = b""
+) -> RecordDict:
+    """A packed task for one site: what is its own, and the same arrays, not copied."""
+    own: dict[str, int | str | bytes] = {
+        "ledger-count": ledger[0], "ledger-hash": ledger[1], "opening": opening, "deals": deals}
+    facts = ConfigRecord({**packed.config_records["facts"], **own})
     return RecordDict({**packed, "facts": facts})
+
+
+def task_digest(packed: RecordDict) -> bytes:
+    """SHA-256 of a packed task, but for what is each site's own: the model in a signed context.
+
+    Raises:
+        WireError: It is no packed task.
+    """
+    facts, state = _facts(packed, _TASK_ARRAYS), hashlib.sha256(b"fedveil task 1")
+    shared = sorted(facts.keys() - {*_LEDGER, "opening", "deals"})
+    parts: list[bytes] = []
+    for name in shared:
+        value = facts[name]
+        kind = type(value).__name__
+        plain = value if isinstance(value, bytes) else str(value).encode()
+        parts += [name.encode(), kind.encode(), plain]
+    for part in _TASK_ARRAYS:
+        record = packed[part]
+        held = [array.data for array in record.values()] if isinstance(record, ArrayRecord) else []
+        parts += [part.encode(), *held]
+    for piece in parts:
+        state.update(len(piece).to_bytes(8, "big"))
+        state.update(piece)
+    return state.digest()
+
+
+def run_statement(run_id: str, config: str, schema: str, aggregator: bytes) -> bytes:
+    """What a coordinator signs of a run, 32 bytes: what it is, and whom replies are sealed for."""
+    state = hashlib.sha256(b"fedveil run 1")
+    for piece in (run_id.encode(), config.encode(), schema.encode(), aggregator):
+        state.update(len(piece).to_bytes(8, "big"))
+        state.update(piece)
+    return state.digest()
+
+
+def to_bytes(update: Update) -> bytes:
+    """An update as bytes, to be sealed."""
+    facts = canonical_facts(update)
+    pieces = [facts, *(_tensors(getattr(update, part)) for part in _UPDATE_ARRAYS)]
+    return b"".join(len(piece).to_bytes(8, "big") + piece for piece in pieces)
+
+
+def canonical_facts(update: Update) -> bytes:
+    """Who an update is of and from which ledger, as JSON."""
+    facts = [update.run_id, update.round, update.evaluation, *update.ledger]
+    return json.dumps(facts).encode()
+
+
+def from_bytes(data: bytes) -> Update:
+    """Reads what `to_bytes` made.
+
+    Raises:
+        WireError: It is none.
+    """
+    pieces, rest = [], memoryview(data)
+    for _ in range(1 + len(_UPDATE_ARRAYS)):
+        length = int.from_bytes(rest[:8], "big")
+        pieces.append(bytes(rest[8 : 8 + length]))
+        if len(pieces[-1]) != length:
+            raise WireError("sealed reply: is cut off")
+        rest = rest[8 + length :]
+    try:
+        run_id, number, evaluation, count, head = json.loads(pieces[0])
+        numbers = {"run-id": run_id, "round": number, "evaluation": evaluation}
+        about = ConfigRecord({**numbers, "ledger-count": count, "ledger-hash": head})
+    except (ValueError, TypeError):
+        raise WireError("sealed reply: expected an update") from None
+    arrays, sums = (
+        _decoded(piece, part) if piece else {}
+        for piece, part in zip(pieces[1:], _UPDATE_ARRAYS, strict=True)
+    )
+    return Update(
+        _field(about, "run-id", str),
+        _field(about, "round", int),
+        _field(about, "evaluation", int),
+        arrays,
+        sums,
+        _head(about),
+    )
 
 
 def read_task(content: RecordDict) -> Task:
@@ -129,16 +274,46 @@ def read_task(content: RecordDict) -> Task:
         WireError: It is none.
     """
     facts = _facts(content, _TASK_ARRAYS)
-    _only(facts, {*_NUMBERS, *_LEDGER, "config", "schema"})
+    _only(facts, {*_NUMBERS, *_LEDGER, *_TASK_FACTS})
     return Task(
         _field(facts, "run-id", str),
         _field(facts, "round", int),
         _field(facts, "evaluation", int),
         _field(facts, "config", str),
         _field(facts, "schema", str),
-        **{part: _arrays(content, part) for part in _TASK_ARRAYS},
-        ledger=_head(facts),
+        *(_arrays(content, part) for part in _TASK_ARRAYS),
+        _head(facts),
+        _field(facts, "clipping_norm", float),
+        *(_field(facts, name, bytes) for name in _TASK_BYTES),
+        task_digest(content),
     )
+
+
+def read_step(content: RecordDict) -> Step:
+    """Reads a message of the secure sum's protocol.
+
+    Raises:
+        WireError: It is none.
+    """
+    facts = _facts(content, ("step",))
+    _only(facts, {"run-id"})
+    return Step(_field(facts, "run-id", str), _read_raw(content, "step"))
+
+
+def read_answer(message: Message) -> Step | Refused:
+    """Reads a site's answer to one.
+
+    Raises:
+        WireError: It is an error or no answer of ours.
+    """
+    if message.has_error():
+        raise WireError(f"Flower error {message.error.code}")
+    if "step" in message.content:
+        return read_step(message.content)
+    found = read_reply(message)
+    if isinstance(found, Update):
+        raise WireError("message: expected a step of the secure sum")
+    return found
 
 
 def read_reply(message: Message) -> Update | Refused:
@@ -151,7 +326,7 @@ def read_reply(message: Message) -> Update | Refused:
         raise WireError(f"Flower error {message.error.code}")
     content = message.content
     refused = "facts" in content and "refused" in content["facts"]
-    facts = _facts(content, () if refused else _UPDATE_ARRAYS)
+    facts = _facts(content, () if refused else (*_UPDATE_ARRAYS, "upload"))
     about = _field(facts, "run-id", str), _field(facts, "round", int)
     evaluation = _field(facts, "evaluation", int)
     if refused:
@@ -162,7 +337,7 @@ def read_reply(message: Message) -> Update | Refused:
         return Refused(*about, evaluation, Refusal[code])
     _only(facts, {*_NUMBERS, *_LEDGER})
     arrays, sums = (_arrays(content, part) for part in _UPDATE_ARRAYS)
-    return Update(*about, evaluation, arrays, sums, _head(facts))
+    return Update(*about, evaluation, arrays, sums, _head(facts), _read_raw(content, "upload"))
 
 
 _FORMAT = "safetensors"
@@ -172,7 +347,10 @@ _TASK_ARRAYS = ("arrays", "released", "exam")
 _UPDATE_ARRAYS = ("arrays", "sums")
 _NUMBERS = ("run-id", "round", "evaluation")
 _LEDGER = ("ledger-count", "ledger-hash")
-FieldT = TypeVar("FieldT", str, int)
+_TASK_BYTES = ("aggregator", "coordinator", "signature", "opening", "deals")
+_TASK_FACTS = ("config", "schema", "clipping_norm", *_TASK_BYTES)
+_BYTES = "bytes"
+FieldT = TypeVar("FieldT", str, int, float, bytes)
 
 
 def _facts(content: RecordDict, arrays: tuple[str, ...]) -> ConfigRecord:
@@ -204,13 +382,41 @@ def _encode(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """
     if not arrays:
         return ArrayRecord()
+    data = _tensors(arrays)
+    return ArrayRecord({_FORMAT: Array("uint8", (len(data),), _FORMAT, data)})
+
+
+def _raw(data: bytes) -> ArrayRecord:
+    """Bytes as an array, which Flower carries in pieces, however many they are."""
+    if not data:
+        return ArrayRecord()
+    return ArrayRecord({_BYTES: Array("uint8", (len(data),), _BYTES, data)})
+
+
+def _read_raw(content: RecordDict, part: str) -> bytes:
+    record = content[part]
+    if not isinstance(record, ArrayRecord):
+        raise WireError(f"{part}: expected bytes")
+    if not record:
+        return b""
+    whole = record.get(_BYTES)
+    if len(record) != 1 or whole is None or (whole.dtype, whole.stype) != ("uint8", _BYTES):
+        raise WireError(f"{part}: expected bytes")
+    if type(whole.data) is not bytes or tuple(whole.shape) != (len(whole.data),):
+        raise WireError(f"{part}: expected as many bytes as the shape asks for")
+    return whole.data
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays as safetensors; no bytes for none."""
+    if not arrays:
+        return b""
     plain = {}
     for name, array in arrays.items():
         if not _may_travel(array.dtype):
             raise WireError(f"arrays: expected {_EXPECTED}, got {array.dtype.name}")
         plain[name] = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
-    data = save(plain)
-    return ArrayRecord({_FORMAT: Array("uint8", (len(data),), _FORMAT, data)})
+    return save(plain)
 
 
 def _may_travel(dtype: np.dtype) -> bool:
@@ -226,11 +432,15 @@ def _decode(record: ArrayRecord, part: str) -> dict[str, np.ndarray]:
         raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}")
     if type(whole.data) is not bytes or tuple(whole.shape) != (len(whole.data),):
         raise WireError(f"{part}: expected as many bytes as the shape asks for")
+    return _decoded(whole.data, part)
+
+
+def _decoded(data: bytes, part: str) -> dict[str, np.ndarray]:
     # A header says what arrays there are; a large one would become many times its size in objects.
-    if int.from_bytes(whole.data[:8], "little") > _MOST_HEADER:
+    if int.from_bytes(data[:8], "little") > _MOST_HEADER:
         raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}")
     try:
-        arrays = dict(sorted(load(whole.data).items()))  # which come in an order of chance
+        arrays = dict(sorted(load(data).items()))  # which come in an order of chance
     except (SafetensorError, LookupError, ValueError, TypeError, OverflowError, AttributeError):
         raise WireError(f"{part}: expected one {_FORMAT} of {_EXPECTED}") from None
     if not all(_may_travel(array.dtype) for array in arrays.values()):

@@ -1,36 +1,50 @@
-"""The Flower ClientApp: it unpacks, debits the ledger, computes, replies. Handlers only."""
+"""The Flower ClientApp: it unpacks, checks, debits the ledger, computes, replies. Handlers only."""
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
-from polars.exceptions import PanicException
 from pydantic import ValidationError
-from torch import nn
 
 from ..config import FedveilError, RunConfig
 from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, Context, Message
-from ..models import family
-from ..models.metrics import exam_from_arrays
-from ..models.state import Arrays, load_arrays
+from ..models import family, metrics
+from ..privacy import vector
 from ..privacy.books import Head
 from ..privacy.limits import BudgetError, LedgerError, TermsError
 from ..privacy.plan import Plan, plan
-from ..wire import EVALUATE, TRAIN, Refusal, Refused, Task, Update, WireError, pack, read_task
-from .evaluation import holdout_sums, training_sums
-from .site import Records, Site, no_records
-from .training import train
-
-# A panic of polars is no Exception, and may be as data-dependent as any.
-_FAILURES = (Exception, PanicException)
+from ..privacy.secagg.encoding import encode
+from ..privacy.secagg.errors import SecAggError
+from ..privacy.secagg.messages import Upload
+from ..privacy.secagg.sealed import seal_reply
+from ..privacy.secagg.site import Site as Party
+from ..wire import (
+    EVALUATE,
+    TRAIN,
+    Refusal,
+    Refused,
+    Step,
+    Task,
+    Update,
+    WireError,
+    pack,
+    read_step,
+    read_task,
+    to_bytes,
+)
+from .secure import STEPS, Opened, open_round, upload
+from .site import Site
+from .work import FAILURES, Parts, parts_of
 
 log = logging.getLogger(__name__)
+OpenSite = Callable[[Context], Site]
 
 
-def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
+def client_app(open_site: OpenSite) -> ClientApp:
     """The app of every site; `open_site` finds the site that a context is for."""
     app = ClientApp()
 
@@ -42,7 +56,15 @@ def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
     def model(message: Message, context: Context) -> Message:
         return Message(pack(_answer(message, context, open_site)), reply_to=message)
 
+    for action in STEPS:
+        _add_step(app, action, open_site)
     return app
+
+
+def _add_step(app: ClientApp, action: str, open_site: OpenSite) -> None:
+    @app.query(action.partition(".")[2])
+    def answer(message: Message, context: Context) -> Message:
+        return Message(pack(_answer_step(action, message, context, open_site)), reply_to=message)
 
 
 def terms_of(config_json: str, schema_json: str) -> str:
@@ -50,54 +72,143 @@ def terms_of(config_json: str, schema_json: str) -> str:
     return hashlib.sha256(f"{config_json}\0{schema_json}".encode()).hexdigest()
 
 
-def _answer(
-    message: Message, context: Context, open_site: Callable[[Context], Site]
-) -> Update | Refused:
+@dataclass(frozen=True)
+class _Run:
+    """What a task is about, as the site understands it."""
+
+    config: RunConfig
+    schema: Schema
+    priced: Plan
+    parameters: int
+
+
+def _answer_step(
+    action: str, message: Message, context: Context, open_site: OpenSite
+) -> Step | Refused:
+    """Answers a step of the secure sum, which touches no record."""
+    run_id = ""
+    try:
+        step = read_step(message.content)
+        run_id = step.run_id
+        return open_site(context).secure.answer(action, step)
+    except Exception as error:  # whatever it is, it is no answer
+        log.error("refused %s of run %s: %s", action, run_id, error)
+        return Refused(run_id, 0, 0, Refusal.PROTOCOL)
+
+
+def _answer(message: Message, context: Context, open_site: OpenSite) -> Update | Refused:
     try:
         task = read_task(message.content)
     except WireError as error:
         log.error("refused a message: %s", error)
         return Refused("", 0, 0, Refusal.CONFIGURATION)
 
-    def refused(code: Refusal) -> Refused:
+    def refused(code: Refusal, error: Exception) -> Refused:
+        log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
         return Refused(task.run_id, task.round, task.evaluation, code)
 
     try:
-        config, schema, priced = _understand(task.config, task.schema)
+        run = _understand(task.config, task.schema)
     except (FedveilError, ValidationError) as error:
-        log.error("refused run %s: %s", task.run_id, error)
-        return refused(Refusal.CONFIGURATION)
+        return refused(Refusal.CONFIGURATION, error)
     try:
         site = open_site(context)
-        head = _debit(site, task, config, schema, priced)
+        with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
+            return _take_part(task, run, site, party)
+    except _WorkError as error:
+        return refused(Refusal.FAILED, error)
+    except SecAggError as error:
+        return refused(Refusal.PROTOCOL, error)
     except LedgerError as error:
-        log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
-        return refused(_code(error))
-    except Exception:  # a ledger that fails in a way that nobody foresaw admits nothing
-        log.exception("refused run %s, round %d", task.run_id, task.round)
-        return refused(Refusal.LEDGER)
+        return refused(_code(error), error)
+    except Exception as error:  # a ledger that fails in a way that nobody foresaw admits nothing
+        log.exception("run %s, round %d", task.run_id, task.round)
+        return refused(Refusal.LEDGER, error)
+
+
+class _WorkError(Exception):
+    """The site fails without any record too, and says no more than that."""
+
+
+def _take_part(task: Task, run: _Run, site: Site, party: Party | None) -> Update:
+    """The site's part of a round: checked, debited and only then computed."""
+    if not run.priced.adaptive and task.clipping_norm != run.priced.clipping_norm:
+        raise TermsError(
+            f"clipping_norm = {task.clipping_norm}: expected {run.priced.clipping_norm} as priced"
+        )
+    opened = None
+    if party is not None:
+        opened = open_round(party, task, _blocks(task, run), run.priced)
+        if opened.sent is not None:  # asked for again: the same bytes, and nothing debited anew
+            return _uploaded(task, opened.sent)
+    head = _debit(site, task, run)
     failures = site.failures
     try:
-        arrays, sums = _work(task, config, schema, priced, site)
-    except _FAILURES:  # it fails without any record too, and says no more than that
+        parts = parts_of(task, run.config, run.schema, run.priced, site)
+        update = _packed(task, run, site, head, parts, opened)
+    except FAILURES as error:
         log.exception("run %s, round %d failed", task.run_id, task.round)
-        return refused(Refusal.FAILED)
+        raise _WorkError(type(error).__name__) from None
     if site.failures == failures:
         site.succeed()
-    return Update(task.run_id, task.round, task.evaluation, arrays, sums, (head.number, head.hash))
+    return update
 
 
-def _debit(site: Site, task: Task, config: RunConfig, schema: Schema, priced: Plan) -> Head:
+def _packed(
+    task: Task, run: _Run, site: Site, head: Head, parts: Parts, opened: Opened | None
+) -> Update:
+    """What leaves the site: a masked vector, a sealed reply, or the parts as they are."""
+    if opened is not None:
+        count, known = head.number, bytes.fromhex(head.hash)
+        return _uploaded(task, upload(opened, parts, run.priced, site.coins, count, known))
+    arrays = parts.pop("update", {})
+    sums = {f"{part}/{name}": array for part, of in parts.items() for name, array in of.items()}
+    about = task.run_id, task.round, task.evaluation
+    plain = Update(*about, arrays, sums, (head.number, head.hash))
+    if run.config.encryption == "none":
+        return plain
+    identity, context = site.secure.keys.identity, task.digest
+    sealed = seal_reply(to_bytes(plain), site.name, identity, task.aggregator, context)
+    return replace(plain, arrays={}, sums={}, upload=encode(sealed))
+
+
+def _uploaded(task: Task, sent: Upload) -> Update:
+    signed = sent.uploaded
+    ledger = (signed.ledger_count, signed.ledger_head.hex())
+    return Update(task.run_id, task.round, task.evaluation, {}, {}, ledger, encode(sent))
+
+
+def _blocks(task: Task, run: _Run) -> tuple[vector.Placed, ...]:
+    """The round's vector, as the site itself derives it."""
+    sizes = vector.Sizes(
+        run.parameters,
+        task.clipping_norm,
+        metrics.size(run.schema, run.priced.evaluation_units),
+        metrics.loss_size(),
+        run.config.records,
+    )
+    asked = vector.releases(
+        sizes,
+        run.priced,
+        at_sites=run.config.trains_at_sites,
+        training=bool(task.round),
+        evaluating=bool(task.evaluation),
+    )
+    return vector.placed(asked, run.priced)
+
+
+def _debit(site: Site, task: Task, run: _Run) -> Head:
     """Commits what the task asks for, before any record is read."""
     releases = [("rounds", task.round)] if task.round else []
     if task.evaluation:
         releases.append(("evaluations", task.evaluation))
-        if priced.figures_noise:
+        if run.priced.figures_noise:
             releases.append(("training_figures", task.evaluation))
     if not releases:
         raise BudgetError(f"run {task.run_id}: asks for no release")
     terms = terms_of(task.config, task.schema)
-    return site.debit(task.run_id, terms, releases, Head(*task.ledger), config, schema, priced)
+    known = Head(*task.ledger)
+    return site.debit(task.run_id, terms, releases, known, run.config, run.schema, run.priced)
 
 
 def _code(error: LedgerError) -> Refusal:
@@ -106,66 +217,12 @@ def _code(error: LedgerError) -> Refusal:
     return Refusal.CONFIGURATION if isinstance(error, TermsError) else Refusal.LEDGER
 
 
-def _work(
-    task: Task, config: RunConfig, schema: Schema, priced: Plan, site: Site
-) -> tuple[Arrays, Arrays]:
-    """The site's part of a round: arrays from training, sums from evaluation."""
-    build, arrays, sums = family(config.model.family).build, Arrays(), Arrays()
-
-    def loaded(parameters: Mapping[str, np.ndarray]) -> nn.Module:
-        module = build(config.model, schema)
-        load_arrays(module, parameters)
-        return module
-
-    def training(records: Records) -> Arrays:
-        return train(loaded(task.arrays), records.training, config, priced, site.coins)
-
-    def holdout(records: Records) -> Arrays:
-        exam, held_out = exam_from_arrays(task.exam, schema), records.holdout
-        model = loaded(task.released)
-        return holdout_sums(model, exam, held_out, config, schema, priced, site.coins)
-
-    def figures(records: Records) -> Arrays:
-        model = loaded(task.released)
-        return training_sums(model, records.training, config, priced, site.coins)
-
-    def part(work: Callable[[Records], Arrays]) -> Arrays:
-        return _without_fail(work, config, schema, site)
-
-    if task.round:
-        loaded(task.arrays)  # what cannot be loaded fails before a record is read
-        arrays = part(training)
-    if task.evaluation:
-        loaded(task.released)
-        exam_from_arrays(task.exam, schema)
-        sums = {f"holdout/{name}": total for name, total in part(holdout).items()}
-        if priced.figures_noise:
-            sums |= {f"training/{name}": total for name, total in part(figures).items()}
-    return arrays, sums
-
-
-def _without_fail(
-    work: Callable[[Records], Arrays], config: RunConfig, schema: Schema, site: Site
-) -> Arrays:
-    """One account's part of a round; without the site's records if they make it fail.
-
-    Whether records make a site fail is itself private. So it then sends what it would send if it
-    had none, zeros or noise, and the cause stays in its own log. That hides the failure, not the
-    one record that may have caused it: the claim assumes that no single record can, which reading,
-    cleaning and clipping see to, each of them record by record. Each account's part is by itself:
-    what a held-out record breaks leaves the training sum as it was.
-    """
-    try:
-        return work(site.records(config, schema))
-    except _FAILURES:
-        log.exception("%s: goes on without records", site.name)
-        made = work(no_records(schema))
-        site.fail()  # now it is known that its records were the cause
-        return made
-
-
 @lru_cache(maxsize=4)
-def _understand(config_json: str, schema_json: str) -> tuple[RunConfig, Schema, Plan]:
+def _understand(config_json: str, schema_json: str) -> _Run:
     """Reads the run and prices it by the site's own code; whatever the server says it costs."""
-    config = RunConfig.model_validate_json(config_json)
-    return config, schema_from_json(schema_json), plan(config)
+    config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
+    kind = family(config.model.family)
+    module = kind.build(config.model, schema)
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    parameters = sum(sizes[name] for name in kind.trainable(module))
+    return _Run(config, schema, plan(config), parameters)

@@ -7,9 +7,10 @@ from ..data_prep.schema import Schema
 from ..models import Batch, family
 from ..models.metrics import Exam, answers, loss_answers, loss_noise_scale, noise_scale
 from ..models.state import Arrays
-from ..privacy.mechanism import MECHANISMS
+from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
+from .training import clipped_update
 
 
 def holdout_sums(
@@ -28,8 +29,11 @@ def holdout_sums(
     it is, under `central` once the server has added its noise.
     """
     sums = answers(family(config.model.family), module, exam, records, schema)
-    scale = noise_scale(plan.evaluation_noise, schema)
-    return MECHANISMS[plan.mechanism].at_site(sums, scale, coins)
+    if plan.unit == "site":
+        # All its held-out records are one unit's, which adds no more than so many records may.
+        sums, _ = clipped_update(sums, noise_scale(plan.evaluation_units, schema))
+    scale = noise_scale(plan.evaluation_noise * plan.evaluation_units, schema)
+    return mechanism_of(plan).at_site(sums, scale, coins)
 
 
 def training_sums(
@@ -40,4 +44,4 @@ def training_sums(
     Formal guarantee: as of `holdout_sums`, from the training account, with sensitivity sqrt(2).
     """
     sums = loss_answers(family(config.model.family), module, records)
-    return MECHANISMS[plan.mechanism].at_site(sums, loss_noise_scale(plan.figures_noise), coins)
+    return mechanism_of(plan).at_site(sums, loss_noise_scale(plan.figures_noise), coins)

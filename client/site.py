@@ -20,6 +20,8 @@ from ..privacy.ledger import Ledger
 from ..privacy.limits import Lifetime
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
+from ..privacy.secagg.errors import LostStateError
+from .secure import SecureSite
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,26 @@ class Site:
         budget: Budget,
         coins: Coins,
         folder: Path | None = None,
+        secure: SecureSite | None = None,
     ) -> None:
         """A site that reads its raw records by `read` and keeps its report in `folder`."""
+        self._secure = secure
         self.name, self.coins, self.failures = name, coins, 0
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
         self._records: Records | None = None
         self._about: tuple[Any, ...] = ()
+
+    @property
+    def secure(self) -> SecureSite:
+        """Its part in secure sums, and its identity.
+
+        Raises:
+            SecAggError: It has no keys.
+        """
+        if self._secure is None:
+            raise LostStateError(f"{self.name}: has no keys, expected an identity of its own")
+        return self._secure
 
     def check(
         self,
@@ -150,8 +165,10 @@ class Site:
                 marker.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Lets go of the ledger."""
+        """Lets go of the ledger and of the state of secure sums."""
         self._budget.ledger.close()
+        if self._secure is not None:
+            self._secure.close()
 
     def records(self, config: RunConfig, schema: Schema) -> Records:
         """The site's records, read on the first call of a run.

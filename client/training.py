@@ -1,13 +1,18 @@
 """One round's work at a site, on its training records only."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import nn
 
 from ..config import RunConfig
 from ..models import Batch, Family, family
 from ..models.state import Arrays, to_arrays
-from ..privacy.clipping import clipped_sum
-from ..privacy.mechanism import MECHANISMS
+from ..privacy.clipping import CLIPPING_SLACK, clipped_sum
+from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
 
@@ -19,7 +24,7 @@ def gradient_sum(
 
     Formal guarantee: the sum has sensitivity `plan.clipping_norm` in one record, which is in it
     with probability `plan.sampling_rate`; under `local` the result is one priced release, under
-    `central` it becomes one at the server.
+    `central` it becomes one at the server, under `distributed` in the secure sum.
     """
     rows = torch.from_numpy(coins.poisson_sample(len(records.y), plan.sampling_rate))
     total = clipped_sum(
@@ -31,16 +36,18 @@ def gradient_sum(
         micro_batch=config.training.micro_batch,
     )
     arrays = {name: gradient.numpy() for name, gradient in total.items()}
-    return MECHANISMS[plan.mechanism].at_site(arrays, plan.noise_scale, coins)
+    return mechanism_of(plan).at_site(arrays, plan.noise_scale, coins)
 
 
 def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coins: Coins) -> Arrays:
     """What a site sends for one round.
 
     Returns:
-        Under `adam` and `sgd` a gradient sum (float64), else the parameters after `local_steps`
-        steps of Adam, each on a sum of its own. Under `fedprox` each step is also drawn towards the
-        server's model (Li et al. 2020, equation 2): by public numbers, after the noise.
+        Under `adam` and `sgd` a gradient sum (float64), else how `local_steps` steps of Adam, each
+        on a sum of its own, changed the parameters (float32). Under `fedprox` each step is also
+        drawn towards the server's model (Li et al. 2020, equation 2): by public numbers, after the
+        noise. Under `site` the steps have no bound and no noise: what comes of them must be clipped
+        as a whole (`clipped_update`).
     """
     kind = family(config.model.family)
     names = kind.trainable(module)
@@ -49,15 +56,41 @@ def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coin
         parameter.requires_grad_(name in names)
     if not config.trains_at_sites:
         return gradient_sum(kind, module, records, config, plan, coins)
+    steps = config.training.local_steps
+    if plan.mechanism == "site":
+        plan = replace(plan, mechanism="none", clipping_norm=math.inf, noise_multiplier=0.0)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     # Its moments start anew each round: they are not the site's to carry from model to model.
     optimiser = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     pull = config.aggregation.proximal if config.strategy == "fedprox" else 0.0
-    for _ in range(plan.releases_per_round):
+    for _ in range(steps):
         total = gradient_sum(kind, module, records, config, plan, coins)
         for name, parameter in parameters.items():
             mean = torch.from_numpy(total[name]) / plan.expected_batch
             parameter.grad = mean.to(parameter.dtype) + pull * (parameter.detach() - start[name])
         optimiser.step()
-    return to_arrays(module, names)
+    after = to_arrays(module, names)
+    return {name: after[name] - start[name].numpy() for name in names}
+
+
+def clipped_update(change: Mapping[str, np.ndarray], clipping_norm: float) -> tuple[Arrays, bool]:
+    """A site's whole update, clipped in L2, and whether it was within the bound.
+
+    Formal guarantee: whatever the site's records are, the result has a norm of at most
+    `clipping_norm` over all parameters together, and one that is not finite counts as zero.
+
+    Args:
+        change: How the site's steps changed the parameters.
+        clipping_norm: The bound.
+
+    Returns:
+        float64 by name; and whether nothing was cut off.
+    """
+    update = {name: array.astype(np.float64) for name, array in change.items()}
+    norm = math.sqrt(sum(float(np.square(array).sum()) for array in update.values()))
+    if not math.isfinite(norm):
+        return {name: np.zeros_like(array) for name, array in update.items()}, False
+    bound = clipping_norm / CLIPPING_SLACK
+    factor = bound / max(norm, bound)
+    return {name: array * factor for name, array in update.items()}, norm <= bound

@@ -84,6 +84,17 @@ def loss_noise_scale(noise_multiplier: float) -> float:
     return noise_multiplier * math.sqrt(2) * SLACK
 
 
+def size(schema: Schema, records: float = 1.0) -> tuple[int, float]:
+    """Coordinates of a vector of answers, and its norm where one unit adds `records` records."""
+    length = sum(math.prod(shape) for shape in blocks(schema).values())
+    return length, noise_scale(records, schema)
+
+
+def loss_size() -> tuple[int, float]:
+    """The same of count and loss alone."""
+    return 2, loss_noise_scale(1.0)
+
+
 def prepare(synthetic: Batch, schema: Schema, seed: int) -> Exam:
     """Makes the questions from synthetic records: free of any privacy cost.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..config import MechanismName
 from .noise import Coins
+from .plan import Plan
 
 Arrays = dict[str, np.ndarray]
 _LATTICE_BITS = 20
@@ -62,8 +63,18 @@ class Mechanism:
     noise_per_site: bool = False
 
 
+# The noise comes as integers, when the sum is put on the grid of the secure sum (`vector.words`).
+SHARED = Mechanism(at_site=add_nothing, at_server=add_nothing)
+
 MECHANISMS: Mapping[MechanismName, Mechanism] = {
+    "distributed": SHARED,
     "central": Mechanism(at_site=add_nothing, at_server=add_noise),
     "local": Mechanism(at_site=add_noise, at_server=add_nothing, noise_per_site=True),
+    "site": Mechanism(at_site=add_noise, at_server=add_nothing, noise_per_site=True),
     "none": Mechanism(at_site=add_nothing, at_server=add_nothing),
 }
+
+
+def mechanism_of(plan: Plan) -> Mechanism:
+    """The hooks in force: of `site`, all of the noise at each site or, in a secure sum, shares."""
+    return SHARED if plan.shares_noise else MECHANISMS[plan.mechanism]

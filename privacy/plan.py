@@ -10,6 +10,8 @@ outputs: post-processing, and the pair costs what M_T costs. If it is held out, 
 If it is on the audit side, nothing changes. So with (epsilon_T, delta) for the one account and
 (epsilon_H, delta) for the other, the run is (max(epsilon_T, epsilon_H), delta)-DP. That is what is
 claimed; a record that ever changed its side would pay the sum, which the ledger refuses.
+A person's records are all on one side, so that the same holds for the unit `person`. A site's are
+on both: under the unit `site` there is one account, and every release is drawn from it.
 """
 
 import math
@@ -28,11 +30,16 @@ from .accounting import (
     pld_epsilon,
     pld_schedule,
 )
+from .secagg.errors import UnsafeNumbersError
+from .secagg.terms import Encryption, Numbers
+from .shared_noise import slack
 
 Side = Literal["training", "holdout"]
 PartName = Literal["rounds", "evaluations", "training_figures"]
 
 _SCHEDULE_POINTS = 32
+# Of a round's budget, what it costs to learn how many updates were below the clipping norm.
+_INDICATOR_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,9 @@ class Plan:
 
     Attributes:
         mechanism: Where noise is added.
-        unit: What is hidden, under add-or-remove-one.
+        unit: What is hidden, under add-or-remove-one; a site, under zero-out.
+        encryption: How replies travel.
+        numbers: Of the secure sum; `None` where each reply is read by itself.
         against: Whom it is hidden from.
         target_epsilon: What was asked for, of the dearer account; `None` without a mechanism.
         epsilon: What the whole run costs, the larger of the two accounts, at most the target;
@@ -66,8 +75,10 @@ class Plan:
         training_epsilon: What it costs a training record.
         holdout_epsilon: What it costs a held-out record.
         delta: Of every price.
-        clipping_norm: Sensitivity of a sum; infinity without a mechanism.
-        noise_multiplier: Standard deviation of the noise over the clipping norm.
+        clipping_norm: Sensitivity of a sum, at first where it adapts; infinity without a mechanism.
+        adaptive: Whether the clipping norm follows a quantile of the sites' updates.
+        noise_multiplier: Standard deviation of the noise over the clipping norm, of a round as a
+            whole where that adapts (see `update_noise`).
         sampling_rate: Chance of a record to be in a step; true Poisson sampling.
         expected_batch: Expected records a step by public numbers, the divisor of noised sums.
         rounds: Rounds of the run.
@@ -76,14 +87,18 @@ class Plan:
             without a mechanism.
         evaluations: How often the held-out records are summed over.
         evaluation_noise: Standard deviation of the noise of those sums over their sensitivity.
+        evaluation_units: What one privacy unit may add to them, in records.
         evaluation_schedule: Cumulative epsilon of the hold-out account, [evaluations].
         figures_noise: As `evaluation_noise`, of sums over training records; 0 if none are made.
         accountant: Whose epsilon it is.
         second_opinions: Epsilon of the training account by other accountants.
+        slack: Epsilon and delta that integer noise adds to a price of Gaussians; they are in it.
     """
 
     mechanism: MechanismName
     unit: UnitName
+    encryption: Encryption
+    numbers: Numbers | None
     against: str
     target_epsilon: float | None
     epsilon: float | None
@@ -91,6 +106,7 @@ class Plan:
     holdout_epsilon: float | None
     delta: float
     clipping_norm: float
+    adaptive: bool
     noise_multiplier: float
     sampling_rate: float
     expected_batch: float
@@ -99,10 +115,12 @@ class Plan:
     schedule: tuple[float, ...]
     evaluations: int
     evaluation_noise: float
+    evaluation_units: float
     evaluation_schedule: tuple[float, ...]
     figures_noise: float
     accountant: str
     second_opinions: tuple[tuple[str, float], ...]
+    slack: tuple[float, float]
 
     @property
     def noise_scale(self) -> float:
@@ -110,14 +128,45 @@ class Plan:
         return self.noise_multiplier * self.clipping_norm if self.noise_multiplier else 0.0
 
     @property
+    def update_noise(self) -> float:
+        """Noise multiplier of a round's sum itself: more than the round's where the norm adapts.
+
+        Andrew et al. 2021, theorem 1: z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2).
+        """
+        return self.noise_multiplier / math.sqrt(1 - _INDICATOR_SHARE * self.adaptive)
+
+    @property
+    def indicator_noise(self) -> float:
+        """Noise multiplier of the number of updates below the norm: 2 sigma_b, of halves."""
+        return self.noise_multiplier / math.sqrt(_INDICATOR_SHARE)
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether a site adds a share of the noise, for only the sum is seen."""
+        return self.numbers is not None and self.mechanism in {"distributed", "site"}
+
+    @property
+    def honest(self) -> int:
+        """Sites whose noise is surely in a sum, beside the colluders': n_min - t_collude."""
+        return self.numbers.n_min - self.numbers.t_collude if self.numbers is not None else 1
+
+    @property
+    def excess(self) -> float:
+        """How many times the accounted noise is in a sum to which every site has uploaded."""
+        return self.numbers.excess(self.numbers.n) if self.numbers and self.shares_noise else 1.0
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """All that the run may release, as the ledgers keep it."""
-        step = Releases(self.noise_multiplier, self.sampling_rate, self.releases_per_round)
+        # A site's update is made of all its records, whatever its own steps sample.
+        rate = 1.0 if self.unit == "site" else self.sampling_rate
+        step = Releases(self.noise_multiplier, rate, self.releases_per_round)
         parts = [Part("rounds", "training", step, self.rounds)]
         # The sums over records that are not sampled: all of a site's, every time.
         if self.evaluations:
             each = Releases(self.evaluation_noise, 1.0, 1)
-            parts.append(Part("evaluations", "holdout", each, self.evaluations))
+            side: Side = "training" if self.unit == "site" else "holdout"
+            parts.append(Part("evaluations", side, each, self.evaluations))
         if self.figures_noise:
             each = Releases(self.figures_noise, 1.0, 1)
             parts.append(Part("training_figures", "training", each, self.evaluations))
@@ -137,16 +186,22 @@ class Plan:
             )
         if self.epsilon is None:
             return None
-        if evaluations and self.figures_noise:
+        if evaluations and (self.figures_noise or self.unit == "site"):
             # The schedule has all training figures in each of its prices; before the first round
             # there is none to look up.
             rounds = max(rounds, 1)
         training = self.schedule[rounds - 1] if rounds else 0.0
-        return max(training, self.evaluation_schedule[evaluations - 1] if evaluations else 0.0)
+        if not evaluations or self.unit == "site":
+            return training
+        return max(training, self.evaluation_schedule[evaluations - 1])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: without the schedules, and with `None` for infinity."""
-        values = asdict(self) | {"second_opinions": dict(self.second_opinions)}
+        values = asdict(self) | {
+            "second_opinions": dict(self.second_opinions),
+            "slack": dict(zip(("epsilon", "delta"), self.slack, strict=True)),
+            "excess": self.excess,
+        }
         del values["schedule"], values["evaluation_schedule"]
         return {k: None if v == math.inf else v for k, v in values.items()}
 
@@ -154,12 +209,12 @@ class Plan:
 def plan(config: RunConfig) -> Plan:
     """Prices a whole run: the least noise whose cumulative epsilon ends at or below the target.
 
-    Records are at one site each, so sites compose in parallel: under `central` a round is one
-    release of the sum over all sites, under `local` a site's own releases are what a record is in.
-    Noise is calibrated on a PLD grid of 1e-3 and the claim confirmed on 1e-4.
+    Records are at one site each, so sites compose in parallel: under `central` and `distributed` a
+    round is one release of the sum over all sites, under `local` a site's own releases are what a
+    record is in. Noise is calibrated on a PLD grid of 1e-3 and the claim confirmed on 1e-4.
 
     Raises:
-        ConfigError: The budget cannot be reached.
+        ConfigError: The budget cannot be reached, or the secure sum's numbers are not safe.
         AccountingError: The accountants disagree: do not run.
     """
     return _plan(config.shared())
@@ -168,15 +223,24 @@ def plan(config: RunConfig) -> Plan:
 @lru_cache(maxsize=16)
 def _plan(config: RunConfig) -> Plan:
     mechanism = config.privacy.mechanism
-    none = mechanism == "none"
-    price = _NO_PRICE if none else _price(config)
-    held_out = _NO_HOLDOUT if none or not config.evaluations else _price_holdout(config)
+    none, of_sites = mechanism == "none", config.unit == "site"
+    numbers = _numbers(config)
+    shared = numbers is not None and mechanism in {"distributed", "site"}
+    most = config.federation.rounds + 2 * config.evaluations
+    over = slack(most, config.federation.sites) if shared else (0.0, 0.0)
+    price = _NO_PRICE if none else _price(config, over)
+    held_out = _NO_HOLDOUT
+    if not none and config.evaluations:
+        held_out = _price_holdout(config, over)
     training = price.schedule[-1] if price.schedule else None
-    holdout = held_out.schedule[-1] if held_out.schedule else None
+    holdout = held_out.schedule[-1] if held_out.schedule and not of_sites else None
     targets = [config.privacy.epsilon] + [config.epsilon_holdout] * bool(config.evaluations)
+    site_records = config.records / config.federation.sites
     return Plan(
         mechanism=mechanism,
         unit=config.unit,
+        encryption=config.encryption,
+        numbers=numbers,
         against=COMPATIBILITY[mechanism].against,
         target_epsilon=None if none else max(targets),
         epsilon=None if training is None else max(training, holdout or 0.0),
@@ -184,19 +248,41 @@ def _plan(config: RunConfig) -> Plan:
         holdout_epsilon=holdout,
         delta=config.delta,
         clipping_norm=math.inf if none else config.privacy.clipping_norm,
+        adaptive=config.privacy.clipping == "adaptive",
         noise_multiplier=price.noise_multiplier,
         sampling_rate=config.sampling_rate,
         expected_batch=config.sampling_rate * config.pool,
         rounds=config.federation.rounds,
-        releases_per_round=config.training.local_steps,
+        releases_per_round=_releases_per_round(config),
         schedule=price.schedule,
         evaluations=config.evaluations,
         evaluation_noise=held_out.noise_multiplier,
-        evaluation_schedule=held_out.schedule,
+        evaluation_units=max(1.0, site_records * config.data.holdout) if of_sites else 1.0,
+        evaluation_schedule=() if of_sites else held_out.schedule,
         figures_noise=price.figures_noise,
         accountant=price.accountant,
         second_opinions=price.second_opinions,
+        slack=over,
     )
+
+
+def _numbers(config: RunConfig) -> Numbers | None:
+    if config.encryption != "secagg":
+        return None
+    try:
+        numbers = Numbers(
+            config.federation.sites, config.threshold, config.n_min, config.secagg.t_collude
+        )
+        if config.privacy.mechanism in {"distributed", "site"}:
+            numbers.noise_share(1.0)
+    except UnsafeNumbersError as error:
+        raise ConfigError(f"secagg: {error}") from None
+    return numbers
+
+
+def _releases_per_round(config: RunConfig) -> int:
+    """A site's whole update is one; else each of its steps is."""
+    return 1 if config.unit == "site" else config.training.local_steps
 
 
 @dataclass(frozen=True)
@@ -218,15 +304,16 @@ _NO_PRICE = _Price(0.0, 0.0, (), "none", ())
 _NO_HOLDOUT = _HoldoutPrice(0.0, ())
 
 
-def _price(config: RunConfig) -> _Price:
-    rounds, per_round = config.federation.rounds, config.training.local_steps
-    delta, epsilon = config.delta, config.privacy.epsilon
+def _price(config: RunConfig, slack: tuple[float, float]) -> _Price:
+    rounds, per_round = config.federation.rounds, _releases_per_round(config)
+    delta, epsilon = config.delta - slack[1], config.privacy.epsilon - slack[0]
+    # A site's update is made of all its records; nothing is sampled that it could hide behind.
+    rate = 1.0 if config.unit == "site" else config.sampling_rate
     beside: tuple[Releases, ...] = ()
     try:
-        if config.evaluation.training_share:
-            share = config.evaluation.training_share * epsilon
+        if share := _share_beside(config):
             beside = (calibrate(1.0, config.evaluations, share, delta),)
-        releases = calibrate(config.sampling_rate, rounds * per_round, epsilon, delta, beside)
+        releases = calibrate(rate, rounds * per_round, epsilon, delta, beside)
     except AccountingError as error:
         raise ConfigError(str(error)) from None
     coarse, fine = grids(epsilon)
@@ -238,15 +325,23 @@ def _price(config: RunConfig) -> _Price:
     prices = pld_schedule(releases, delta, steps, coarse, beside)
     return _Price(
         noise_multiplier=releases.noise_multiplier,
-        figures_noise=beside[0].noise_multiplier if beside else 0.0,
-        schedule=_fill(points, [*prices, claimed]),
+        figures_noise=beside[0].noise_multiplier if config.evaluation.training_share else 0.0,
+        schedule=_fill(points, [price + slack[0] for price in (*prices, claimed)]),
         accountant="PLD",
         second_opinions=tuple(opinions.items()),
     )
 
 
-def _price_holdout(config: RunConfig) -> _HoldoutPrice:
-    count, epsilon, delta = config.evaluations, config.epsilon_holdout, config.delta
+def _share_beside(config: RunConfig) -> float:
+    """Epsilon of the figures that the training account pays for beside the rounds."""
+    if config.unit == "site":
+        return config.epsilon_holdout if config.evaluations else 0.0
+    return config.evaluation.training_share * config.privacy.epsilon
+
+
+def _price_holdout(config: RunConfig, slack: tuple[float, float]) -> _HoldoutPrice:
+    count, delta = config.evaluations, config.delta - slack[1]
+    epsilon = config.epsilon_holdout - (0.0 if config.unit == "site" else slack[0])
     try:
         releases = calibrate(1.0, count, epsilon, delta)
     except AccountingError as error:
@@ -258,7 +353,8 @@ def _price_holdout(config: RunConfig) -> _HoldoutPrice:
     cross_check(releases, delta, claimed)
     points = _points(count)
     prices = pld_schedule(releases, delta, points[:-1], coarse)
-    return _HoldoutPrice(releases.noise_multiplier, _fill(points, [*prices, claimed]))
+    schedule = _fill(points, [price + slack[0] for price in (*prices, claimed)])
+    return _HoldoutPrice(releases.noise_multiplier, schedule)
 
 
 def _points(rounds: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Strategies: what the server does with one round's replies. Pairs of functions (init, apply)."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ class ServerState:
         average: Their exponential moving average, which is what is released at the end.
         first: First moments, of `adam` and `fedadam`; empty for others.
         second: Second moments, of the same.
+        clipping_norm: The bound of the sites' updates, where that follows them; else 0.
     """
 
     round: int
@@ -29,6 +31,7 @@ class ServerState:
     average: Arrays
     first: Arrays
     second: Arrays
+    clipping_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class Strategy:
         init: model -> state.
         apply: (state, combined, config) -> the state one step on; its round is the caller's to set.
             Combined is the noised sum of gradients over the expected batch or, where sites train,
-            one model out of theirs.
-        combine: The sites' models -> that one. Theirs are noised already where there is noise at
-            all, so that nothing done with them costs any more privacy.
+            one change of the model out of theirs.
+        combine: The sites' changes -> that one. Theirs, or their sum, are noised already where
+            there is noise at all, so that nothing done with them costs any more privacy.
     """
 
     init: Callable[[Arrays], ServerState]
@@ -63,19 +66,19 @@ def scaled(arrays: Mapping[str, np.ndarray], factor: float) -> dict[str, np.ndar
     return {name: (array * factor).astype(np.float32) for name, array in arrays.items()}
 
 
-def mean(models: Sequence[Arrays]) -> Arrays:
+def mean(changes: Sequence[Arrays]) -> Arrays:
     """The uniform mean: record counts are private, so that they weigh nothing."""
-    return scaled(summed(models), 1 / len(models))
+    return scaled(summed(changes), 1 / len(changes))
 
 
-def median(models: Sequence[Arrays]) -> Arrays:
+def median(changes: Sequence[Arrays]) -> Arrays:
     """The median of each coordinate (Yin et al. 2018, definition 1).
 
     Fewer than half of the sites, whatever they send, cannot move a coordinate beyond the others'.
     """
     return {
-        name: np.median([model[name] for model in models], axis=0).astype(np.float32)
-        for name in models[0]
+        name: np.median([change[name] for change in changes], axis=0).astype(np.float32)
+        for name in changes[0]
     }
 
 
@@ -120,16 +123,17 @@ def apply_adam(
             np.sqrt(second[name] / (1 - beta2**step)) + 1e-8
         )
         model[name] = (model[name] - config.learning_rate * direction).astype(np.float32)
-    stepped = ServerState(state.round, step, model, state.average, first, second)
+    stepped = replace(state, steps=step, model=model, first=first, second=second)
     return _averaged(stepped, config)
 
 
-def apply_model(state: ServerState, combined: Arrays, config: RunConfig) -> ServerState:
-    """Takes the combined model as it is (with `mean`: McMahan et al. 2017, without weights)."""
+def apply_change(state: ServerState, combined: Arrays, config: RunConfig) -> ServerState:
+    """Takes the combined change as it is (with `mean`: McMahan et al. 2017, without weights)."""
     del config
     # What is frozen is not sent, and stays.
-    model = {**state.model, **combined}
-    return ServerState(state.round, state.steps + 1, model, model, {}, {})
+    changed = {name: state.model[name] + change for name, change in combined.items()}
+    model = {**state.model, **changed}
+    return replace(state, steps=state.steps + 1, model=model, average=model)
 
 
 def apply_fedadam(
@@ -140,15 +144,31 @@ def apply_fedadam(
     As there, moments are not corrected for their start, and the floor is outside the root.
     """
     first, second, model = dict(state.first), dict(state.second), dict(state.model)
-    for name, found in combined.items():
-        change = found - model[name]
+    for name, change in combined.items():
         first[name] = beta1 * first[name] + (1 - beta1) * change
         second[name] = beta2 * second[name] + (1 - beta2) * np.square(change)
         step = first[name] / (np.sqrt(second[name]) + _FEDADAM_FLOOR)
         rate = config.aggregation.server_learning_rate
         model[name] = (model[name] + rate * step).astype(np.float32)
-    stepped = ServerState(state.round, state.steps + 1, model, state.average, first, second)
+    stepped = replace(state, steps=state.steps + 1, model=model, first=first, second=second)
     return _averaged(stepped, config)
+
+
+_CLIPPING_RATE = 0.2  # eta_C of the paper
+
+
+def adapted(state: ServerState, within: float, config: RunConfig) -> ServerState:
+    """Moves the clipping norm towards its quantile (Andrew et al. 2021, algorithm 1).
+
+    Args:
+        state: Its `clipping_norm` was in force.
+        within: The noised share of updates that were below it.
+        config: Says which quantile.
+    """
+    step = -_CLIPPING_RATE * (min(max(within, 0.0), 1.0) - config.privacy.clipping_quantile)
+    # Within what a configuration may ask for, too.
+    norm = min(max(state.clipping_norm * math.exp(step), 1e-6), 1e6)
+    return replace(state, clipping_norm=norm)
 
 
 def _averaged(state: ServerState, config: RunConfig) -> ServerState:
@@ -166,8 +186,8 @@ def _averaged(state: ServerState, config: RunConfig) -> ServerState:
 STRATEGIES: Mapping[StrategyName, Strategy] = {
     "sgd": Strategy(init_plain, apply_sgd, mean),
     "adam": Strategy(init_adam, apply_adam, mean),
-    "fedavg": Strategy(init_plain, apply_model, mean),
-    "fedprox": Strategy(init_plain, apply_model, mean),
+    "fedavg": Strategy(init_plain, apply_change, mean),
+    "fedprox": Strategy(init_plain, apply_change, mean),
     "fedadam": Strategy(init_fedadam, apply_fedadam, mean),
-    "median": Strategy(init_plain, apply_model, median),
+    "median": Strategy(init_plain, apply_change, median),
 }

@@ -13,10 +13,11 @@ from ..data_prep.schema import Schema
 from ..models import family, metrics
 from ..models.metrics import Exam
 from ..models.state import Arrays, load_arrays
-from ..privacy.mechanism import MECHANISMS
+from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
 from .aggregation import summed
+from .replies import Collected
 
 # What these count hangs on no model: every evaluation measures them anew, and their mean is better.
 _OF_RECORDS_ALONE = ("one_way", "two_way")
@@ -32,14 +33,14 @@ class Evaluated:
         quality: Figures by name: `value`, `noise` (its standard deviation by the noise alone) and,
             of a total variation, its `floor`.
         sums: Noised histograms of records, added up over evaluations.
-        noises: Noises in each of `sums`.
+        noises: Noises in each of `sums`: their variance over that of one.
     """
 
     count: int = 0
     round: int = 0
     quality: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
-    noises: int = 0
+    noises: float = 0
 
     def facts(self) -> dict[str, Any]:
         """All but the sums, as plain values."""
@@ -72,7 +73,7 @@ def expected_sums(schema: Schema, plan: Plan) -> Arrays:
 def evaluated(
     before: Evaluated,
     number: int,
-    parts: Sequence[Mapping[str, np.ndarray]],
+    collected: Collected,
     exam: Exam,
     config: RunConfig,
     schema: Schema,
@@ -87,17 +88,18 @@ def evaluated(
     Args:
         before: What was known.
         number: The round of the model that was evaluated.
-        parts: The usable sites' sums.
+        collected: The usable sites' sums, or their one sum.
         exam: The questions.
         config: The run.
         schema: What a record is.
         plan: Its price.
         coins: The server's, for its noise.
     """
-    mechanism = MECHANISMS[plan.mechanism]
-    add, noises = mechanism.at_server, len(parts) if mechanism.noise_per_site else 1
-    scale = metrics.noise_scale(plan.evaluation_noise, schema)
-    held_out = add(_total(parts, "holdout/"), scale, coins)
+    add, noises = mechanism_of(plan).at_server, collected.noises
+    parts = [part.sums for part in collected.parts]
+    rounded = collected.rounding
+    scale = metrics.noise_scale(plan.evaluation_noise * plan.evaluation_units, schema)
+    held_out = add(_total(parts, "holdout/"), scale * rounded.get("holdout", 1.0), coins)
     bounds = family(config.model.family).score_bounds(_module(config, schema))
     count, all_noises = before.count + 1, before.noises + noises
     scales = dict.fromkeys(held_out, scale * math.sqrt(noises))
@@ -110,14 +112,14 @@ def evaluated(
     floors = metrics.floors(held_out, scales, exam, schema)
     if plan.figures_noise:
         scale = metrics.loss_noise_scale(plan.figures_noise)
-        trained = add(_total(parts, "training/"), scale, coins)
+        trained = add(_total(parts, "training/"), scale * rounded.get("training", 1.0), coins)
         found["training_loss"] = metrics.mean_loss(trained, bounds)
         scales = dict.fromkeys(trained, scale * math.sqrt(noises))
         noise["training_loss"] = metrics.noise_of_loss(trained, scales, bounds)
     quality = {name: {"value": value, "noise": noise[name]} for name, value in found.items()}
     quality |= {name: {**quality[name], "floor": floor} for name, floor in floors.items()}
-    rounded = {n: {k: round(v, 6) for k, v in facts.items()} for n, facts in quality.items()}
-    return Evaluated(count, number, rounded, sums, all_noises)
+    tidy = {n: {k: round(v, 6) for k, v in facts.items()} for n, facts in quality.items()}
+    return Evaluated(count, number, tidy, sums, all_noises)
 
 
 def _module(config: RunConfig, schema: Schema) -> torch.nn.Module:

@@ -1,12 +1,13 @@
 """What the sites sent back: usable replies, and reasons for the others."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..config import FedveilError
 from ..flower import Message
-from ..models.state import StateError, check_arrays
+from ..models.state import check_arrays
 from ..wire import Refused, Task, Update, WireError, read_reply
 
 
@@ -18,12 +19,47 @@ class Replies:
     dropped: Mapping[int, str]
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What a round brought, however it travelled.
+
+    Attributes:
+        parts: Each site's reply or, of a secure sum, one that stands for all.
+        sites: Whose are in it, by number.
+        dropped: Why the others are not.
+        ledgers: Count and head hash of each one's ledger.
+        noises: Variance of the noise in the sum of the parts over the accounted one.
+        rounding: How many times its sensitivity a block has on the grid of a secure sum, for a
+            server that adds the noise.
+    """
+
+    parts: tuple[Update, ...]
+    sites: tuple[int, ...]
+    dropped: Mapping[int, str]
+    ledgers: Mapping[int, tuple[int, str]]
+    noises: float
+    rounding: Mapping[str, float] = field(default_factory=dict)
+
+
+def in_the_open(site: int, reply: Update) -> Update:
+    """A reply that is not sealed.
+
+    Raises:
+        WireError: It is.
+    """
+    del site
+    if reply.upload:
+        raise WireError("reply: is sealed, expected arrays")
+    return reply
+
+
 def usable_replies(
     replies: Iterable[Message],
     site_of: Mapping[int, int],
     tasks: Mapping[int, Task],
     arrays: Mapping[str, np.ndarray],
     sums: Mapping[str, np.ndarray],
+    unseal: Callable[[int, Update], Update] = in_the_open,
 ) -> Replies:
     """Sorts one round's replies into usable ones, in site order, and reasons for the others.
 
@@ -37,6 +73,7 @@ def usable_replies(
         tasks: What each site was asked.
         arrays: What the arrays must be like.
         sums: What the sums must be like.
+        unseal: (site, reply) -> the reply with its arrays; raises FedveilError for one of others.
     """
     usable: dict[int, Update] = {}
     dropped: dict[int, str] = {}
@@ -51,18 +88,23 @@ def usable_replies(
             continue
         try:
             reply, task = read_reply(message), tasks[site]
-            if (reply.run_id, reply.round, reply.evaluation) != (
-                task.run_id, task.round, task.evaluation,
-            ):  # fmt: skip
-                raise WireError("is for another run, round or evaluation")
+            _check_about(reply, task)
             if isinstance(reply, Refused):
                 raise WireError(f"refused: {reply.code.value}")
+            reply = unseal(site, reply)
+            _check_about(reply, task)
             check_arrays(reply.arrays, arrays)
             check_arrays(reply.sums, sums)
             if reply.ledger[0] <= task.ledger[0]:
                 raise WireError("its ledger has not grown")
             usable[site] = reply
-        except (WireError, StateError) as error:
+        except FedveilError as error:
             dropped[site] = str(error)
     dropped |= dict.fromkeys(tasks.keys() - usable.keys() - dropped.keys(), "no reply")
     return Replies(dict(sorted(usable.items())), dict(sorted(dropped.items())))
+
+
+def _check_about(reply: Update | Refused, task: Task) -> None:
+    asked = task.run_id, task.round, task.evaluation
+    if (reply.run_id, reply.round, reply.evaluation) != asked:
+        raise WireError("is for another run, round or evaluation")

@@ -249,6 +249,7 @@ class RunFolder:
             "plan": checkpoint.plan,
             "round": state.round,
             "steps": state.steps,
+            "clipping_norm": state.clipping_norm,
             "evaluated": evaluated.facts(),
             "ledgers": {str(node): head for node, head in checkpoint.ledgers.items()},
             "seconds": checkpoint.seconds,
@@ -302,7 +303,12 @@ def _read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(
             run_id=facts["run_id"],
             plan=facts["plan"],
-            state=ServerState(round=facts["round"], steps=facts["steps"], **parts),
+            state=ServerState(
+                round=facts["round"],
+                steps=facts["steps"],
+                clipping_norm=facts["clipping_norm"],
+                **parts,
+            ),
             evaluated=evaluated,
             ledgers={int(node): (head[0], head[1]) for node, head in facts["ledgers"].items()},
             seconds=facts["seconds"],

@@ -124,6 +124,11 @@ class Site:
         if self._saved is not None:
             self._state = _read_state(self._saved, name, run)
 
+    @property
+    def setup(self) -> Setup | None:
+        """What the epoch that is open was set up for; `None` without one."""
+        return None if self._state.epoch is None else self._state.epoch.setup
+
     # Set-up, once an epoch.
 
     @refusing

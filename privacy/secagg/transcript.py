@@ -88,12 +88,14 @@ class Verdict:
 
     Attributes:
         run: The run.
+        newest: The last epoch that was begun, whether or not it came to a round.
         epochs: Set-ups that n_min sites signed and a round was opened in, in order.
         rounds: Attempts at rounds, in order, burnt ones too.
         ledgers: Count and head of each site's ledger by name, as signed last.
     """
 
     run: str
+    newest: int
     epochs: tuple[Setup, ...]
     rounds: tuple[RoundRecord, ...]
     ledgers: Mapping[str, tuple[int, bytes]]
@@ -193,7 +195,11 @@ class _Reading:
             raise MalformedMessageError("transcript: is empty, expected a Setup first")
         self._end_round(self._open)
         return Verdict(
-            self._open.setup.run, tuple(self._epochs), tuple(self._rounds), dict(self._ledgers)
+            self._open.setup.run,
+            self._open.setup.epoch,
+            tuple(self._epochs),
+            tuple(self._rounds),
+            dict(self._ledgers),
         )
 
     def _begin(self, setup: Setup) -> None:

@@ -14,7 +14,7 @@ from ...config import RunConfig
 from ...data_prep.schema import Schema
 from ..rounds import Observer
 from .begun import Begun, begin
-from .sites import Shards, check_ledgers, simulated_site
+from .sites import Shards, check_ledgers, pin_identities, simulated_site
 
 Engine = Callable[[Begun, Mapping[int, Site], Observer], None]
 
@@ -56,6 +56,7 @@ def run(config: RunConfig, schema: Schema, shards: Shards, folder: Path, observe
     begun = begin(config, schema, folder)
     with ExitStack() as stack:
         sites: dict[int, Site] = {}
+        pin_identities(len(shards.parts), folder)
         for node, raw in enumerate(shards.parts, start=1):
             sites[node] = simulated_site(node, raw, folder, config, shards.report.records)
             stack.callback(sites[node].close)

@@ -70,7 +70,8 @@ def _site(folder: str, config: str, schema: str, number: int) -> Site:
     raw, records = shards.parts[number - 1], shards.report.records
     torch.set_num_threads(max(1, parsed.federation.client_cpus))
     _log(folder)
-    return simulated_site(number, raw, Path(folder), parsed, records)
+    # Any of several actors may get the next message.
+    return simulated_site(number, raw, Path(folder), parsed, records, hold=False)
 
 
 @cache

@@ -9,24 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 
 from ...client.app import terms_of
+from ...client.secure import Keys, SecureSite
 from ...client.site import Budget, Site
 from ...config import RunConfig
 from ...data_prep import modality
 from ...data_prep.clean import CleaningReport, refuse_unusable
 from ...data_prep.partition import share_out
 from ...data_prep.schema import Schema, schema_to_json
-from ...files import create_secret_file
+from ...files import create_secret_file, replace_file
 from ...machine import on_network
 from ...privacy.books import Head
 from ...privacy.ledger import Journal, Ledger
 from ...privacy.limits import LedgerError, Lifetime, UnavailableError
 from ...privacy.noise import Coins
 from ...privacy.plan import plan
-from ...wire import NO_LEDGER
-from ..rounds import Observer, RunError
+from ...privacy.secagg.keys import Identity
+from ...privacy.secagg.pins import read_identities
+from ...privacy.secagg.terms import Floor
+from ...wire import NO_LEDGER, site_name
+from ..rounds import IDENTITIES, Observer, RunError
 from ..store import Event
+
+_IDENTITY, _VAULT = "SIMULATED-identity.key", "SIMULATED-vault.key"
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ def simulated_site(
     folder: Path,
     config: RunConfig,
     records: int,
+    *,
+    hold: bool = True,
 ) -> Site:
     """A site with its ledger and its secrets, made where they are missing.
 
@@ -88,11 +97,12 @@ def simulated_site(
         folder: The run folder.
         config: The run.
         records: How many raw records all sites share: one more may change who holds which.
+        hold: Whether this process alone answers for it; see `SecureSite`.
 
     Raises:
         LedgerError: The ledger cannot be used, or ledger and key are not of one site.
     """
-    name = f"site-{node:03d}"
+    name = site_name(node)
     home = Path(config.data.ledger) if config.data.ledger else folder / "ledger"
     own = folder / "sites" / name
     try:
@@ -112,7 +122,43 @@ def simulated_site(
             f"{records} records"
         },
     )
-    return Site(name, lambda: raw, split_key, budget, Coins.from_system(), own)
+    secure = SecureSite(name, _keys(name, folder), Floor(), hold=hold)
+    return Site(name, lambda: raw, split_key, budget, Coins.from_system(), own, secure)
+
+
+def pin_identities(sites: int, folder: Path) -> None:
+    """Gives each simulated site an identity, and pins them all: what provisioning does elsewhere.
+
+    Raises:
+        UnavailableError: They cannot be written.
+    """
+    try:
+        known = {}
+        for number in range(1, sites + 1):
+            name = site_name(number)
+            own = folder / "sites" / name
+            own.mkdir(parents=True, exist_ok=True)
+            known[name] = Identity(_secret(own / _IDENTITY)).public.hex()
+        text = tomli_w.dumps({"identities": known})
+        replace_file(folder / IDENTITIES, text.encode())
+    except OSError as error:
+        raise UnavailableError(f"{folder}: {error.strerror}; check the path and the disk") from None
+
+
+def _keys(name: str, folder: Path) -> Keys:
+    own, pins = folder / "sites" / name, folder / IDENTITIES
+    identity = Identity(_secret(own / _IDENTITY))
+    # Without pins nobody is known, and no secure sum begins.
+    pinned = read_identities(pins) if pins.exists() else {name: identity.public}
+    return Keys(identity, pinned, own / "secagg", _secret(own / _VAULT))
+
+
+def _secret(path: Path) -> bytes:
+    """32 secret bytes in a file, made where it is missing."""
+    if not path.exists():
+        with suppress(FileExistsError):
+            create_secret_file(path, f"{secrets.token_hex(32)}\n".encode())
+    return _read_key(path)
 
 
 def _ledger_and_key(home: Path, name: str) -> tuple[Ledger, bytes]:

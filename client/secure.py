@@ -1,0 +1,207 @@
+"""The site's half of a secure sum over Flower: where its keys are, and what it answers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from ..privacy import vector
+from ..privacy.noise import Coins
+from ..privacy.plan import Plan
+from ..privacy.secagg.encoding import Message, Text, decode, encode, limit
+from ..privacy.secagg.errors import (
+    DifferentContextError,
+    DifferentSetupError,
+    MalformedMessageError,
+    StateInUseError,
+)
+from ..privacy.secagg.keys import Identity
+from ..privacy.secagg.messages import Confirmations, Deals, Roster, Upload, Uploaders
+from ..privacy.secagg.site import Site as Party
+from ..privacy.secagg.terms import Floor, Opening, Setup
+from ..privacy.secagg.vault import Vault
+from ..wire import ADVERTISE, CONFIRM, DEAL, UNMASK, Step, Task
+
+RUN_NAMES = Text(64)
+
+STEPS: Mapping[str, tuple[type[Message], Callable[[Party, Any], Message]]] = {
+    ADVERTISE: (Setup, Party.advertise),
+    DEAL: (Roster, Party.deal),
+    CONFIRM: (Uploaders, Party.confirm),
+    UNMASK: (Confirmations, Party.unmask),
+}
+"""What each action asks with, and what answers it."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A site's long-lived secrets for secure sums, and whom it trusts to be whom.
+
+    Attributes:
+        identity: Its own.
+        pinned: Public identities by name, as they came out of band.
+        folder: Where it keeps the state of each run.
+        vault: 32 secret bytes that encrypt it.
+    """
+
+    identity: Identity
+    pinned: Mapping[str, bytes]
+    folder: Path
+    vault: bytes = field(repr=False)
+
+
+class SecureSite:
+    """A site's part in secure sums, run by run."""
+
+    def __init__(self, name: str, keys: Keys, floor: Floor, *, hold: bool = True) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            name: The site's.
+            keys: Its secrets.
+            floor: The least that its owner asks of a federation.
+            hold: Whether to keep a run's state open between messages, and with it the vector that
+                was sent last, which may be asked for again; not where other processes may get the
+                next message.
+        """
+        self.name, self.keys = name, keys
+        self._floor, self._hold, self._lock = floor, hold, Lock()
+        self._open: dict[str, tuple[Vault, Party]] = {}
+
+    @contextmanager
+    def party(self, run_id: str) -> Iterator[Party]:
+        """The state machine of a run, taken up where it was left.
+
+        Raises:
+            SecAggError: Its state cannot be used, or another message is being answered.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise StateInUseError("this site is in another step, expected one at a time")
+        try:
+            yield self._taken_up(run_id)
+        finally:
+            if not self._hold:
+                self.close()
+            self._lock.release()
+
+    def answer(self, action: str, step: Step) -> Step:
+        """Answers one message of the protocol.
+
+        Raises:
+            SecAggError: The site refuses.
+        """
+        kind, handler = STEPS[action]
+        message = decode_limited(kind, step.body)
+        with self.party(step.run_id) as party:
+            return Step(step.run_id, encode(handler(party, message)))
+
+    def close(self) -> None:
+        """Lets go of all state files."""
+        for vault, _ in self._open.values():
+            vault.close()
+        self._open.clear()
+
+    def _taken_up(self, run_id: str) -> Party:
+        if run_id not in self._open:
+            self.close()  # one run at a time
+            check_name(run_id)
+            keys = self.keys
+            keys.folder.mkdir(parents=True, exist_ok=True)
+            vault = Vault(keys.folder / f"{run_id}.state", keys.vault, self.name, run_id)
+            try:
+                party = Party(self.name, run_id, keys.identity, keys.pinned, vault, self._floor)
+            except BaseException:
+                vault.close()
+                raise
+            self._open[run_id] = vault, party
+        return self._open[run_id][1]
+
+
+def decode_limited(kind: type[Any], body: bytes) -> Any:  # noqa: ANN401
+    """A message, read only if it is no longer than one of its kind can be.
+
+    Raises:
+        MalformedMessageError: It is none.
+    """
+    if len(body) > limit(kind):
+        raise MalformedMessageError(
+            f"{kind.__name__}: {len(body)} bytes, expected at most {limit(kind)}"
+        )
+    return decode(kind, body)
+
+
+def check_name(run_id: str) -> None:
+    """A run's name becomes a file's: it must be one that the protocol has.
+
+    Raises:
+        MalformedMessageError: It is not.
+    """
+    if not RUN_NAMES.fits(run_id):
+        raise MalformedMessageError(f"run {run_id!a}: expected a name of plain characters")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A round that this site takes part in.
+
+    Attributes:
+        party: The site's half.
+        opening: What the round is about.
+        blocks: Its vector, as the site itself derives it.
+        sent: What was sent to this very opening before, if anything was.
+    """
+
+    party: Party
+    opening: Opening
+    blocks: tuple[vector.Placed, ...]
+    sent: Upload | None
+
+
+def open_round(party: Party, task: Task, blocks: tuple[vector.Placed, ...], priced: Plan) -> Opened:
+    """Begins a round, before anything is debited and before a record is read.
+
+    Formal guarantee: the noise that the opening promises for each block, and so signs, is what this
+    site's own plan asks for; the numbers that it is shared out by are those that the epoch was set
+    up with; and every site that signs has the same task, model and exam included.
+
+    Raises:
+        SecAggError: The round may not be.
+    """
+    if task.deals:
+        party.accept(decode_limited(Deals, task.deals))
+    numbers = None if party.setup is None else party.setup.numbers
+    if numbers != priced.numbers:
+        raise DifferentSetupError(f"set-up: has {numbers}, expected {priced.numbers} as priced")
+    opening: Opening = decode_limited(Opening, task.opening)
+    expected = tuple(one.block for one in blocks)
+    if opening.blocks != expected:
+        raise DifferentContextError(f"blocks: are {opening.blocks}, expected {expected} as priced")
+    return Opened(party, opening, blocks, party.open_round(opening, task.digest))
+
+
+def upload(
+    opened: Opened,
+    parts: Mapping[str, Mapping[str, np.ndarray]],
+    priced: Plan,
+    coins: Coins,
+    count: int,
+    head: bytes,
+) -> Upload:
+    """The site's vector, noised and masked.
+
+    Args:
+        opened: The round.
+        parts: Arrays by name, by block.
+        priced: The run's plan.
+        coins: The site's own.
+        count: Entries of its ledger, with this round's debit.
+        head: Its head hash.
+    """
+    if priced.numbers is None:
+        raise DifferentSetupError("plan: has no secure sum, expected one")
+    words = vector.words(parts, opened.blocks, priced.numbers, coins)
+    return opened.party.upload(opened.opening, words, count, head)
