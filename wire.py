@@ -36,6 +36,7 @@ CONFIRM = "query.confirm"
 UNMASK = "query.unmask"
 """The action in which it helps to unmask that sum."""
 
+
 def site_name(number: int) -> str:
     """What a simulated site is called, by its number; ascending as the numbers."""
     return f"site-{number:03d}"
@@ -183,7 +184,11 @@ def pack_for(
 ) -> RecordDict:
     """A packed task for one site: what is its own, and the same arrays, not copied."""
     own: dict[str, int | str | bytes] = {
-        "ledger-count": ledger[0], "ledger-hash": ledger[1], "opening": opening, "deals": deals}
+        "ledger-count": ledger[0],
+        "ledger-hash": ledger[1],
+        "opening": opening,
+        "deals": deals,
+    }
     facts = ConfigRecord({**packed.config_records["facts"], **own})
     return RecordDict({**packed, "facts": facts})
 

@@ -91,7 +91,7 @@ def _answer_step(
         step = read_step(message.content)
         run_id = step.run_id
         return open_site(context).secure.answer(action, step)
-    except Exception as error:  # whatever it is, it is no answer
+    except Exception as error:  # noqa: BLE001  whatever it is, it is no answer
         log.error("refused %s of run %s: %s", action, run_id, error)
         return Refused(run_id, 0, 0, Refusal.PROTOCOL)
 
@@ -102,32 +102,33 @@ def _answer(message: Message, context: Context, open_site: OpenSite) -> Update |
     except WireError as error:
         log.error("refused a message: %s", error)
         return Refused("", 0, 0, Refusal.CONFIGURATION)
-
-    def refused(code: Refusal, error: Exception) -> Refused:
-        log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
-        return Refused(task.run_id, task.round, task.evaluation, code)
-
     try:
         run = _understand(task.config, task.schema)
-    except (FedveilError, ValidationError) as error:
-        return refused(Refusal.CONFIGURATION, error)
-    try:
         site = open_site(context)
         with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
             return _take_part(task, run, site, party)
-    except _WorkError as error:
-        return refused(Refusal.FAILED, error)
-    except SecAggError as error:
-        return refused(Refusal.PROTOCOL, error)
-    except LedgerError as error:
-        return refused(_code(error), error)
-    except Exception as error:  # a ledger that fails in a way that nobody foresaw admits nothing
-        log.exception("run %s, round %d", task.run_id, task.round)
-        return refused(Refusal.LEDGER, error)
+    except Exception as error:
+        code = next((code for kind, code in _CODES if isinstance(error, kind)), Refusal.LEDGER)
+        log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
+        if not isinstance(error, (FedveilError, ValidationError)):
+            log.exception("which nobody foresaw")
+        return Refused(task.run_id, task.round, task.evaluation, code)
 
 
-class _WorkError(Exception):
+class _WorkError(FedveilError):
     """The site fails without any record too, and says no more than that."""
+
+
+_CODES: tuple[tuple[type[Exception], Refusal], ...] = (
+    (_WorkError, Refusal.FAILED),
+    (SecAggError, Refusal.PROTOCOL),
+    (BudgetError, Refusal.BUDGET),
+    (TermsError, Refusal.CONFIGURATION),
+    (LedgerError, Refusal.LEDGER),
+    (FedveilError, Refusal.CONFIGURATION),
+    (ValidationError, Refusal.CONFIGURATION),
+)
+"""What a site says of each error; of one that nobody foresaw, that its ledger admits nothing."""
 
 
 def _take_part(task: Task, run: _Run, site: Site, party: Party | None) -> Update:
@@ -209,12 +210,6 @@ def _debit(site: Site, task: Task, run: _Run) -> Head:
     terms = terms_of(task.config, task.schema)
     known = Head(*task.ledger)
     return site.debit(task.run_id, terms, releases, known, run.config, run.schema, run.priced)
-
-
-def _code(error: LedgerError) -> Refusal:
-    if isinstance(error, BudgetError):
-        return Refusal.BUDGET
-    return Refusal.CONFIGURATION if isinstance(error, TermsError) else Refusal.LEDGER
 
 
 @lru_cache(maxsize=4)

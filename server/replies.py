@@ -11,6 +11,10 @@ from ..models.state import check_arrays
 from ..wire import Refused, Task, Update, WireError, read_reply
 
 
+class RunError(FedveilError):
+    """A run that cannot go on."""
+
+
 @dataclass(frozen=True)
 class Replies:
     """One round's replies: usable ones by site, in site order, and why the others are not."""

@@ -20,50 +20,22 @@ import torch
 from torch import nn
 
 from ..config import FedveilError, RunConfig
-from ..data_prep.schema import Schema, schema_to_json
-from ..flower import Grid, Message, RecordDict
-from ..models import family, metrics
+from ..data_prep.schema import Schema
+from ..flower import Grid
+from ..models import family
 from ..models.layers import initialise
 from ..models.metrics import Exam, exam_to_arrays
-from ..models.state import Arrays, check_arrays, load_arrays, to_arrays, to_bytes
-from ..privacy import vector
+from ..models.state import check_arrays, load_arrays, to_arrays, to_bytes
 from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan, plan
-from ..privacy.secagg.encoding import decode
-from ..privacy.secagg.pins import read_identities
-from ..privacy.secagg.sealed import SealedReply, open_reply
-from ..wire import (
-    EVALUATE,
-    NO_LEDGER,
-    TRAIN,
-    Task,
-    Update,
-    WireError,
-    from_bytes,
-    pack,
-    pack_for,
-    run_statement,
-    site_name,
-    task_digest,
-)
 from .aggregation import STRATEGIES, ServerState, adapted, scaled, summed
-from .coordinator import Coordinator, coordinator
-from .evaluation import evaluated, expected_sums, questions
-from .replies import Collected, in_the_open, usable_replies
-from .secure import Federation, RoundError, SecureSums
+from .collect import Channel, open_channel
+from .evaluation import evaluated, questions
+from .replies import Collected, RunError
 from .store import Asked, Checkpoint, Event, RunFolder
-from .transcript import NAME, Transcript, taken_up
 
 Observer = Callable[[Event], None]
-
-
-IDENTITIES = "identities.toml"
-"""The sites' pinned public identities, in the run folder."""
-
-
-class RunError(FedveilError):
-    """A run that cannot go on."""
 
 
 def train(
@@ -114,8 +86,7 @@ def train(
 class _Run:
     """What stays the same from round to round; `module` only lends its structure."""
 
-    grid: Grid
-    sites: Mapping[int, int]
+    channel: Channel
     config: RunConfig
     schema: Schema
     run_id: str
@@ -124,11 +95,6 @@ class _Run:
     priced: Plan
     module: nn.Module
     began: float
-    config_json: str
-    schema_json: str
-    coordinator: Coordinator
-    identities: Mapping[str, bytes]
-    secure: SecureSums | None
 
     def tell(self, event: str, **facts: Any) -> None:  # noqa: ANN401
         line = {"event": event, **facts}
@@ -146,56 +112,11 @@ def _open(
     observe: Observer,
 ) -> _Run:
     began = time.perf_counter()
-    module = family(config.model.family).build(config.model, schema)
-    priced = plan(config)
-    plain = config.encryption == "none"
-    identities = {} if plain else read_identities(folder.path / IDENTITIES)
-    return _Run(
-        grid=grid,
-        sites=sites,
-        config=config,
-        schema=schema,
-        run_id=run_id,
-        folder=folder,
-        observe=observe,
-        priced=priced,
-        module=module,
-        began=began,
-        config_json=config.shared().model_dump_json(by_alias=True),
-        schema_json=schema_to_json(schema),
-        coordinator=coordinator(folder.path),
-        identities=identities,
-        secure=_secure_sums(grid, sites, config, priced, run_id, identities, folder),
-    )
-
-
-def _secure_sums(
-    grid: Grid,
-    sites: Mapping[int, int],
-    config: RunConfig,
-    priced: Plan,
-    run_id: str,
-    identities: Mapping[str, bytes],
-    folder: RunFolder,
-) -> SecureSums | None:
-    """The run's secure sums, taken up behind their transcript."""
-    if priced.numbers is None:
-        return None
-    names = {site: site_name(site) for site in sites}
-    if unknown := sorted(set(names.values()) - identities.keys()):
-        raise FedveilError(f"{folder.path / IDENTITIES}: {unknown[0]}: missing; pin its identity")
-    made = Federation(
-        run_id,
-        sites,
-        names,
-        identities,
-        priced.numbers,
-        config.secagg.epoch_rounds,
-        config.secagg.deadline,
-    )
-    path = folder.path / NAME
-    epoch, ledgers = taken_up(path, identities)
-    return SecureSums(grid, made, Transcript(path).keep, epoch, ledgers)
+    kind = family(config.model.family)
+    module = kind.build(config.model, schema)
+    priced, parameters = plan(config), to_arrays(module, kind.trainable(module))
+    channel = open_channel(grid, sites, config, schema, priced, run_id, parameters, folder)
+    return _Run(channel, config, schema, run_id, folder, observe, priced, module, began)
 
 
 def _begin(run: _Run) -> Checkpoint:
@@ -205,7 +126,7 @@ def _begin(run: _Run) -> Checkpoint:
         state = replace(state, clipping_norm=run.priced.clipping_norm)
     point = Checkpoint(run.run_id, _fingerprint(run.priced), state)
     run.folder.save_checkpoint(point)
-    run.tell("run", run_id=run.run_id, privacy=run.priced.as_dict(), sites=len(run.sites))
+    run.tell("run", run_id=run.run_id, privacy=run.priced.as_dict(), sites=len(run.channel.sites))
     return point
 
 
@@ -229,7 +150,7 @@ def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
         damaged=damaged,
         privacy=run.priced.as_dict(),
         run_id=run.run_id,
-        sites=len(run.sites),
+        sites=len(run.channel.sites),
     )
     run.folder.forget_after(point.state.round)
 
@@ -417,161 +338,17 @@ def _ask(
     run: _Run, point: Checkpoint, asked: Asked, exam: Exam | None, *, training: bool
 ) -> Collected:
     """Asks all sites, having noted so; what they sent, or an error if it is of too few."""
-    config, model = run.config, point.state.model
-    aggregator = run.coordinator.aggregator if config.encryption == "sealed" else b""
-    statement = run_statement(run.run_id, run.config_json, run.schema_json, aggregator)
-    task = Task(
-        run_id=run.run_id,
+    state = point.state
+    task = replace(
+        run.channel.question(state.clipping_norm or run.priced.clipping_norm),
         round=asked.round if training else 0,
         evaluation=asked.evaluation if exam else 0,
-        config=run.config_json,
-        schema=run.schema_json,
-        arrays=model if training else {},
-        released=point.state.average if exam else {},
+        arrays=state.model if training else {},
+        released=state.average if exam else {},
         exam=exam_to_arrays(exam) if exam else {},
-        ledger=NO_LEDGER,
-        clipping_norm=point.state.clipping_norm or run.priced.clipping_norm,
-        aggregator=aggregator,
-        coordinator=run.coordinator.identity.public,
-        signature=run.coordinator.identity.sign(statement),
     )
     run.folder.ask(asked)
-    ask = _ask_each if run.secure is None else _ask_for_sum
-    return ask(run, point, task, _expected(run, model, exam, training=training))
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What replies must be like: names, shapes and types."""
-
-    arrays: Arrays
-    sums: Arrays
-
-
-def _expected(
-    run: _Run, model: Mapping[str, np.ndarray], exam: Exam | None, *, training: bool
-) -> _Expected:
-    arrays, sums = Arrays(), Arrays()
-    if training:
-        names = family(run.config.model.family).trainable(run.module)
-        # Sums come as float64: the rounding of a sum to float32 would add to its sensitivity. So
-        # does what a site clips and noises as a whole.
-        exact = not run.config.trains_at_sites or run.priced.unit == "site"
-        kind = np.float64 if exact else np.float32
-        arrays = {name: model[name].astype(kind) for name in names}
-        if run.priced.adaptive:
-            sums["clipping/within"] = np.zeros(1)
-    if exam:
-        sums |= expected_sums(run.schema, run.priced)
-    return _Expected(arrays, sums)
-
-
-def _ask_each(run: _Run, point: Checkpoint, task: Task, expected: _Expected) -> Collected:
-    """Each site's reply by itself."""
-    tasks = {n: replace(task, ledger=point.ledgers.get(n, NO_LEDGER)) for n in run.sites}
-    action = TRAIN if task.round else EVALUATE
-    packed = pack(task)  # once: the model is the same for all
-    messages = [
-        Message(pack_for(packed, t.ledger), run.sites[n], action, group_id=str(task.round))
-        for n, t in tasks.items()
-    ]
-    context = task_digest(packed)
-
-    def unseal(site: int, reply: Update) -> Update:
-        sealed = decode(SealedReply, reply.upload)
-        if sealed.site != site_name(site):
-            raise WireError("reply: is another site's")
-        opened = open_reply(sealed, dict(run.identities), run.coordinator.sealing, context)
-        return from_bytes(opened)
-
-    found = usable_replies(
-        run.grid.send_and_receive(messages),
-        {node: site for site, node in run.sites.items()},
-        tasks,
-        expected.arrays,
-        expected.sums,
-        unseal if run.config.encryption == "sealed" else in_the_open,
-    )
-    if len(found.usable) < run.config.min_replies:
-        raise RunError(
-            f"round {task.round}: {len(found.usable)} of {len(run.sites)} replies are usable, "
-            f"federation.min_replies = {run.config.min_replies} ({_reasons(found.dropped)})"
-        )
-    return Collected(
-        parts=tuple(found.usable.values()),
-        sites=tuple(found.usable),
-        dropped=found.dropped,
-        ledgers={site: reply.ledger for site, reply in found.usable.items()},
-        noises=len(found.usable) if mechanism_of(run.priced).noise_per_site else 1,
-    )
-
-
-def _reasons(dropped: Mapping[int, str]) -> str:
-    return "; ".join(f"site {site}: {why}" for site, why in list(dropped.items())[:3])
-
-
-def _ask_for_sum(run: _Run, point: Checkpoint, task: Task, expected: _Expected) -> Collected:
-    """The sites' sum, and nothing else of them."""
-    if run.secure is None:
-        raise RunError('aggregation.encryption: is not "secagg"')
-    asked = _releases(run, task)
-    placed = vector.placed(asked, run.priced)
-    packed = pack(task)
-
-    def task_for(site: int, opening: bytes, deals: bytes) -> RecordDict:
-        return pack_for(packed, point.ledgers.get(site, NO_LEDGER), opening, deals)
-
-    action = TRAIN if task.round else EVALUATE
-    blocks = tuple(one.block for one in placed)
-    try:
-        found = run.secure.collect(task_digest(packed), blocks, action, task_for)
-    except RoundError as error:
-        raise RunError(f"round {task.round}: {error}") from None
-    parts = vector.reals(found.total, placed)
-    arrays = vector.unflat(parts["update"], expected.arrays) if task.round else {}
-    if run.config.trains_at_sites:
-        arrays = scaled(arrays, 1 / len(found.sites))
-    sums: Arrays = {}
-    for name in parts.keys() - {"update"}:
-        of = {key: a for key, a in expected.sums.items() if key.startswith(f"{name}/")}
-        sums |= vector.unflat(parts[name], of)
-    return Collected(
-        parts=(Update(task.run_id, task.round, task.evaluation, arrays, sums, NO_LEDGER),),
-        sites=found.sites,
-        dropped=found.dropped,
-        ledgers=found.ledgers,
-        noises=_noises(run.priced, len(found.sites)),
-        rounding={
-            release.name: vector.rounding(release, one.block)
-            for release, one in zip(asked, placed, strict=True)
-        },
-    )
-
-
-def _noises(priced: Plan, uploaders: int) -> float:
-    """Variance of the noise in a secure sum, over the accounted one."""
-    if priced.shares_noise:
-        return uploaders / priced.honest
-    return uploaders if mechanism_of(priced).noise_per_site else 1
-
-
-def _releases(run: _Run, task: Task) -> tuple[vector.Release, ...]:
-    """The round's vector, by public numbers."""
-    names = family(run.config.model.family).trainable(run.module)
-    sizes = vector.Sizes(
-        sum(task.arrays[name].size for name in names) if task.round else 0,
-        task.clipping_norm,
-        metrics.size(run.schema, run.priced.evaluation_units),
-        metrics.loss_size(),
-        run.config.records,
-    )
-    return vector.releases(
-        sizes,
-        run.priced,
-        at_sites=run.config.trains_at_sites,
-        training=bool(task.round),
-        evaluating=bool(task.evaluation),
-    )
+    return run.channel.ask(task, point.ledgers)
 
 
 def _still_finite(state: ServerState) -> None:
@@ -587,7 +364,7 @@ def _metrics(run: _Run, point: Checkpoint, seconds: float) -> dict[str, Any]:
         "family": run.config.model.family,
         "rounds": run.priced.rounds,
         "steps": point.state.steps,
-        "sites": len(run.sites),
+        "sites": len(run.channel.sites),
         "privacy": run.priced.as_dict() | {"not_claimed": _not_claimed(run.schema)},
         "quality": point.evaluated.quality,
         "evaluated": {"round": point.evaluated.round, "evaluations": point.evaluated.count},

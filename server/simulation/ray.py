@@ -24,7 +24,8 @@ from ...client.site import Site
 from ...config import ConfigError, Federation
 from ...flower import start_simulation
 from ...machine import cores, memory_available, on_network
-from ..rounds import Observer, RunError
+from ..replies import RunError
+from ..rounds import Observer
 from ..store import Event, RunFolder
 from .begun import Begun
 

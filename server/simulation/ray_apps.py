@@ -17,7 +17,7 @@ from ...config import RunConfig
 from ...data_prep.schema import schema_from_json
 from ...flower import ClientApp, ConfigRecord, Context, Grid, Message, RecordDict
 from ..app import server_app
-from ..rounds import RunError
+from ..replies import RunError
 from .sites import Shards, keep_log, load_shards, refuse_failed, simulated_site
 
 _WHO = "query.site"

@@ -30,7 +30,9 @@ from ...privacy.secagg.keys import Identity
 from ...privacy.secagg.pins import read_identities
 from ...privacy.secagg.terms import Floor
 from ...wire import NO_LEDGER, site_name
-from ..rounds import IDENTITIES, Observer, RunError
+from ..collect import IDENTITIES
+from ..replies import RunError
+from ..rounds import Observer
 from ..store import Event
 
 _IDENTITY, _VAULT = "SIMULATED-identity.key", "SIMULATED-vault.key"

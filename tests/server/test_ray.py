@@ -27,7 +27,7 @@ from fedveil.ledgers import check, find, known_heads
 from fedveil.models.state import read_file
 from fedveil.privacy.noise import Coins
 from fedveil.server import simulation
-from fedveil.server.rounds import RunError
+from fedveil.server.replies import RunError
 from fedveil.server.simulation import ray, superlink
 from fedveil.server.simulation.sites import simulated_site
 from fedveil.server.simulation.superlink import gated

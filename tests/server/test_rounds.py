@@ -42,7 +42,8 @@ from fedveil.privacy.plan import Plan, plan
 from fedveil.server import rounds
 from fedveil.server.aggregation import STRATEGIES, ServerState
 from fedveil.server.evaluation import expected_sums, questions
-from fedveil.server.rounds import RunError, advance, train
+from fedveil.server.replies import RunError
+from fedveil.server.rounds import advance, train
 from fedveil.server.store import Asked, Checkpoint, Event, RunFolder
 from fedveil.wire import EVALUATE, NO_LEDGER, TRAIN, Refusal, Refused, Task, Update, pack, read_task
 

@@ -56,7 +56,7 @@ from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import plan
 from fedveil.server.aggregation import STRATEGIES
 from fedveil.server.app import ignore
-from fedveil.server.rounds import RunError
+from fedveil.server.replies import RunError
 from fedveil.server.simulation import run
 from fedveil.server.simulation import sites as simulation
 from fedveil.server.simulation.local import LocalGrid, local_grid
