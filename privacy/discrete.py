@@ -86,12 +86,12 @@ def stretch_of(noise: float) -> int:
     Raises:
         ValueError: It is no stretch's.
     """
-    stretch = math.isqrt(max(0, round((noise / _S) ** 2) - 1)) if 0 < noise < math.inf else 0
-    if stretch > MAX_STRETCH or sigma(stretch) != noise:
-        raise ValueError(
-            f"sigma = {noise!r}: must be 1024 sqrt(k^2 + 1) for a whole k of 0 to {MAX_STRETCH}"
-        )
-    return stretch
+    for stretch in range(MAX_STRETCH + 1):
+        if sigma(stretch) == noise:
+            return stretch
+    raise ValueError(
+        f"sigma = {noise!r}: must be 1024 sqrt(k^2 + 1) for a whole k of 0 to {MAX_STRETCH}"
+    )
 
 
 def ripple(width: float) -> float:
