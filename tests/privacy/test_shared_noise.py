@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedveil.config import ConfigError
-from fedveil.privacy import discrete
+from fedveil.privacy import discrete, shared_noise
 from fedveil.privacy.discrete import DISTANCE, MAX_STRETCH, add_noise, ripple, sigma, variance
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.secagg.encoding import MAX_WORDS
@@ -282,6 +282,15 @@ class TestSlack:
         more, share = slack(64 * 4096, 255, 10.0)
         assert 0 < more < 1e-60
         assert 0 < share < 1e-12
+
+    @pytest.mark.parametrize("sites", [2, 255])
+    def test_counts_the_stretch_of_every_site(
+        self, sites: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Far below the smoothing's share, so with that out of the way."""
+        monkeypatch.setattr(shared_noise, "SMOOTHING", 10**6)
+        least = 2 * 3 * 2**28 * sites * ripple(variance(0) / (MAX_STRETCH**2 + 1))
+        assert slack(3, sites, 1.0)[0] == pytest.approx(least, rel=1e-9)
 
     def test_of_no_release_is_nothing(self) -> None:
         assert slack(0, 10, 1.0) == (0.0, 0.0)
