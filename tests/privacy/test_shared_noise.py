@@ -276,7 +276,7 @@ class TestSlack:
             share = apart.exp() - 1 + (1 + (Decimal(epsilon) + more).exp()) * distance
         found = slack(releases, sites, epsilon)
         assert float(more) <= found[0] * (1 + 1e-11)
-        assert found == pytest.approx((float(more), float(share)), rel=1e-9)
+        assert found == pytest.approx((float(more), float(share)), rel=1e-9, abs=0)
 
     def test_is_negligible_for_the_longest_run_and_never_nothing(self) -> None:
         more, share = slack(64 * 4096, 255, 10.0)
@@ -290,7 +290,7 @@ class TestSlack:
         """Far below the smoothing's share, so with that out of the way."""
         monkeypatch.setattr(shared_noise, "SMOOTHING", 10**6)
         least = 2 * 3 * 2**28 * sites * ripple(variance(0) / (MAX_STRETCH**2 + 1))
-        assert slack(3, sites, 1.0)[0] == pytest.approx(least, rel=1e-9)
+        assert slack(3, sites, 1.0)[0] == pytest.approx(least, rel=1e-9, abs=0)
 
     def test_of_no_release_is_nothing(self) -> None:
         assert slack(0, 10, 1.0) == (0.0, 0.0)
