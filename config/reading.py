@@ -94,8 +94,10 @@ def small_not_below(bound: float) -> str:
 
 
 def _one_line(model: type[BaseModel], error: ValidationError) -> str:
-    # An unknown family explains every unknown option that comes with it, so it goes first.
-    first, *more = sorted(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
+    # An unknown family explains every unknown option that comes with it, so it goes first; and a
+    # key that is misspelt explains what is missing.
+    ranks = {"extra_forbidden": 1, "missing": 2}
+    first, *more = sorted(error.errors(), key=lambda e: ranks.get(e["type"], 0))
     field = ".".join(str(part) for part in first["loc"])
     value = json.dumps(first["input"], default=str, ensure_ascii=False)
     context = first.get("ctx", {})
