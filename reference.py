@@ -20,6 +20,14 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     if isinstance(field.annotation, type)
 }
 
+_COMPATIBILITY_COLUMNS = (
+    "`privacy.mechanism`",
+    "protects against",
+    "`aggregation.strategy`",
+    "`privacy.unit`",
+    "`aggregation.encryption`",
+)
+
 
 def markdown() -> str:
     """The reference of all options, and what goes with what, as Markdown tables."""
@@ -29,13 +37,14 @@ def markdown() -> str:
         lines.append(f"| `{section}.{name}` | {_values(field)} | {default} | {field.description} |")
     lines += [
         "",
-        "| `privacy.mechanism` | protects against | `aggregation.strategy` | `privacy.unit` |",
-        "| --- | --- | --- | --- |",
+        "| " + " | ".join(_COMPATIBILITY_COLUMNS) + " |",
+        "| --- " * len(_COMPATIBILITY_COLUMNS) + "|",
     ]
     for mechanism, allowed in COMPATIBILITY.items():
-        strategies = ", ".join(f"`{s}`" for s in allowed.strategies)
-        units = ", ".join(f"`{u}`" for u in allowed.units)
-        lines.append(f"| `{mechanism}` | {allowed.against} | {strategies} | {units} |")
+        columns = (allowed.strategies, allowed.units, allowed.encryptions)
+        cells = " | ".join(", ".join(f"`{name}`" for name in column) for column in columns)
+        lines.append(f"| `{mechanism}` | {allowed.against} | {cells} |")
+    lines += ["", "The first of each is the default. `median` does not go with `secagg`."]
     return "\n".join(lines)
 
 
@@ -77,9 +86,10 @@ def _options() -> Iterator[tuple[str, str, FieldInfo]]:
 
 
 def _values(field: FieldInfo) -> str:
+    a_list = "list of " if tuple in _origins(field.annotation) else ""
     choices = _choices(field.annotation)
     if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
+        return a_list + ", ".join(f"`{choice}`" for choice in choices)
     kinds = set(_kinds(field.annotation))
     names = {int: "integer", float: "number", str: "text", bool: "true, false"}
     bounds = [
@@ -89,13 +99,19 @@ def _values(field: FieldInfo) -> str:
         if getattr(rule, attribute, None) is not None
     ]
     kind = next((text for known, text in names.items() if known in kinds), "number")
-    return " ".join([kind, ", ".join(bounds)]).strip()
+    return a_list + " ".join([kind, ", ".join(bounds)]).strip()
 
 
 def _choices(annotation: Any) -> list[str]:  # noqa: ANN401
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
     return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _origins(annotation: Any) -> Iterator[Any]:  # noqa: ANN401
+    yield get_origin(annotation)
+    for part in get_args(annotation):
+        yield from _origins(part)
 
 
 def _kinds(annotation: Any) -> Iterator[type]:  # noqa: ANN401

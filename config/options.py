@@ -13,6 +13,9 @@ CompositionName = Literal["addition", "rdp"]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+MOST_SITES = 255
+"""Of a secure sum: its shares of a secret are points of a field of 256."""
 
 
 class Options(BaseModel):
@@ -24,7 +27,7 @@ class Options(BaseModel):
 class Federation(Options):
     """Who takes part, for how long, and where it runs."""
 
-    name: str = Field("fedveil", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Run name.")
+    name: str = Field("fedveil", pattern=NAME, description="Run name.")
     sites: Count = Field(10, description="Number of sites (simulated ones, in a simulation).")
     rounds: int = Field(200, ge=1, le=100_000, description="Rounds of training.")
     seed: int = Field(
@@ -53,7 +56,9 @@ class Federation(Options):
         "computes on them yet.",
     )
     min_replies: Count | None = Field(
-        None, description="Fewest usable replies a round may go on with; more than half the sites."
+        None,
+        description="Fewest usable replies a round may go on with. Default: more than half the "
+        "sites; `secagg.n_min` under `secagg`.",
     )
 
     @model_validator(mode="after")
@@ -103,7 +108,7 @@ class Data(Options):
     )
     dataset_id: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        pattern=NAME,
         description="The ledger's account: declared, and the same for as long as the data is. "
         "Default: the run's name, while the ledger is new.",
     )
@@ -199,9 +204,15 @@ class Privacy(Options):
         None,
         gt=0,
         le=100,
-        description="Budget of all figures made from held-out records. Default: `privacy.epsilon`.",
+        description="Budget of all figures made from held-out records. Default: `privacy.epsilon`; "
+        "under unit `site` a tenth of it, and a part of it.",
     )
-    delta: float | None = Field(None, gt=0, lt=1, description="Default: min(1e-5, records^-1.5).")
+    delta: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Default: min(1e-5, n^-1.5) of n declared records, persons or sites.",
+    )
     clipping_norm: float = Field(
         1.0,
         ge=1e-6,
@@ -218,7 +229,7 @@ class Privacy(Options):
         None,
         gt=0,
         le=1,
-        description="Chance of a record to be in a step. Default: 512 records a step expected.",
+        description="Chance of a record or a person to be in a step. Default: 512 expected in one.",
     )
 
 
@@ -226,7 +237,8 @@ class Aggregation(Options):
     """What the server does with the sites' replies."""
 
     strategy: StrategyName | None = Field(
-        None, description="Default: `adam`; `fedavg` under `local` and `site`."
+        None,
+        description="How they become a model. Default: `adam`; `fedavg` under `local`, `site`.",
     )
     encryption: EncryptionName | None = Field(
         None,
@@ -281,20 +293,4 @@ class Evaluation(Options):
         0.0,
         description="Share of `privacy.epsilon` that pays for the loss of training records, to "
         "hold beside the held-out one; 0: none is made.",
-    )
-
-
-class Policy(Options):
-    """What a simulated site's policy says; a real site's is its own and never leaves it."""
-
-    epsilon_lifetime: Positive | None = Field(
-        None, description="Limit of an account over all runs. Default: this run's, for new ledgers."
-    )
-    delta_lifetime: float | None = Field(
-        None, gt=0, lt=1, description="Limit of an account's delta. Default: this run's."
-    )
-    composition: CompositionName = Field(
-        "addition",
-        description="How runs add up: `addition` of their (epsilon, delta); `rdp`, a Renyi filter, "
-        "for many runs.",
     )

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -40,6 +40,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
+
+
+def make_absolute(raw: Mapping[str, Any], section: str, keys: Iterable[str], base: Path) -> None:
+    """Makes a section's paths absolute, in place; what is no path is left to the validation."""
+    options = raw.get(section)
+    for key in keys:
+        value = options.get(key) if isinstance(options, dict) else None
+        if isinstance(value, str) and value and not value.startswith("sklearn:"):
+            options[key] = str((base / value).resolve())  # type: ignore[index]
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -85,8 +94,10 @@ def small_not_below(bound: float) -> str:
 
 
 def _one_line(model: type[BaseModel], error: ValidationError) -> str:
-    # An unknown family explains every unknown option that comes with it, so it goes first.
-    first, *more = sorted(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
+    # An unknown family explains every unknown option that comes with it, so it goes first; and a
+    # key that is misspelt explains what is missing.
+    ranks = {"extra_forbidden": 1, "missing": 2}
+    first, *more = sorted(error.errors(), key=lambda e: ranks.get(e["type"], 0))
     field = ".".join(str(part) for part in first["loc"])
     value = json.dumps(first["input"], default=str, ensure_ascii=False)
     context = first.get("ctx", {})
@@ -95,10 +106,14 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
             line = str(context["error"])
         case "string_pattern_mismatch":
             line = f"{field} = {value}: must match {context['pattern']}"
-        case "model_type":
+        case "model_type" | "dict_type":
             line = f"{field} = {value}: must be a section, [{field}]"
         case "extra_forbidden":
             line = f"{field}: unknown key{_did_you_mean(model, first['loc'])}"
+        case "too_short" | "string_too_short":
+            line = f"{field} = {value}: must not be empty"
+        case "tuple_type":
+            line = f"{field} = {value}: must be a list"
         case "missing":
             line = f"{field}: missing: it has no default"
         case "literal_error":

@@ -52,6 +52,9 @@ height = 8
 width = 8
 classes = ["0", "1"]
 """
+NONE = 'mechanism = "none"'
+SHARED = 'mechanism = "distributed"'
+SITE = 'mechanism = "site"\nepsilon_holdout = 3.0'
 DIGITS = CONFIG.replace('"data.csv"\nschema = "schema.toml"\nrecords = 100', '"sklearn:digits"')
 ROWS = [f"{20 + n},{60.5 + n},{'yes' if n % 3 else 'no'}" for n in range(20)]
 TABLE = "\n".join(["age,weight,ill", *ROWS]) + "\n"
@@ -69,14 +72,22 @@ def with_option(section: str, line: str, text: str = CONFIG) -> Files:
     return changed(f"[{section}]\n", f"[{section}]\n{line}\n", text)
 
 
+CENTRAL = 'mechanism = "central"\n'
+
+
 def private(line: str) -> Files:
-    """A configuration with a mechanism."""
+    """A configuration with these lines of a promise."""
     return changed('mechanism = "none"', line)
+
+
+def policy(line: str, *files: tuple[str, str]) -> Files:
+    """A configuration with a policy, and files beside it."""
+    return {"run.toml": f"{CONFIG}[policy]\n{line}\n", **dict(files)}
 
 
 def durable(line: str, data: str = 'ledger = "home"\ndataset_id = "cardiology"') -> Files:
     """A configuration with a ledger that outlives its run, and these lines of a policy."""
-    text = CONFIG.replace('mechanism = "none"', "sampling_rate = 1.0")
+    text = CONFIG.replace('mechanism = "none"', CENTRAL + "sampling_rate = 1.0")
     return with_option("data", data, f"{text}[policy]\n{line}\n")
 
 
@@ -159,7 +170,7 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "epsilon nan": (private("epsilon = nan"), "privacy.epsilon"),
     "epsilon inf": (private("epsilon = inf"), "privacy.epsilon"),
     "epsilon text": (private('epsilon = "much"'), 'privacy.epsilon = "much"'),
-    "epsilon out of reach": (private("epsilon = 1e-7"), "privacy.epsilon"),
+    "epsilon out of reach": (private(CENTRAL + "epsilon = 1e-7"), "privacy.epsilon"),
     "delta 1": (private("delta = 1.0"), "privacy.delta = 1.0: must be < 1"),
     "delta 2": (private("delta = 2.0"), "privacy.delta"),
     "delta 0": (private("delta = 0.0"), "privacy.delta"),
@@ -171,7 +182,7 @@ CASES: dict[str, tuple[Files | None, str]] = {
         private("epsilon_holdout = 101"), "privacy.epsilon_holdout = 101: must be <= 100"
     ),
     "epsilon of the holdout out of reach": (
-        private("sampling_rate = 1.0\nepsilon_holdout = 1e-7"),
+        private(CENTRAL + "sampling_rate = 1.0\nepsilon_holdout = 1e-7"),
         "privacy.epsilon_holdout = 1e-07: cannot be reached",
     ),
     "a ledger without an account": (
@@ -215,6 +226,71 @@ CASES: dict[str, tuple[Files | None, str]] = {
     ),
     "a filter without a limit": (
         {"run.toml": CONFIG + '[policy]\ncomposition = "rdp"\n'}, "policy.epsilon_lifetime: missing"
+    ),
+    "two sites under the default mechanism": (
+        private("epsilon = 3.0"), 'federation.sites = 2: privacy.mechanism = "distributed", the'
+    ),
+    "two sites that share the noise of whole updates": (
+        private('mechanism = "site"'), 'federation.sites = 2: privacy.mechanism = "site" needs'
+    ),
+    "shared noise in the clear": (
+        {"run.toml": f"{CONFIG.replace(NONE, SHARED)}[aggregation]\nencryption = 'none'\n"},
+        'aggregation.encryption = "none": does not go with privacy.mechanism = "distributed"',
+    ),
+    "an unknown encryption": (
+        {"run.toml": f"{CONFIG}[aggregation]\nencryption = 'secag'\n"}, 'did you mean "secagg"?'
+    ),
+    "numbers of a secure sum that is none": (
+        {"run.toml": f"{CONFIG}[secagg]\nn_min = 2\n"},
+        'secagg.n_min: goes with aggregation.encryption = "secagg" only',
+    ),
+    "an unsafe threshold": (
+        {"run.toml": f"{CONFIG.replace(NONE, SHARED)}[secagg]\nthreshold = 2\n".replace(
+            "sites = 2", "sites = 5"
+        )},
+        "secagg.threshold = 2: must be 4 to 5",
+    ),
+    "a median of what only a sum is seen of": (
+        {"run.toml": f"{CONFIG}[aggregation]\nencryption = 'secagg'\nstrategy = 'median'\n"},
+        'aggregation.strategy = "median": needs each site\'s model',
+    ),
+    "persons that nobody counted": (
+        private(CENTRAL + 'unit = "person"'), "data.persons: missing: privacy.unit"
+    ),
+    "persons that hide nothing": (
+        with_option("data", "persons = 9"), 'data.persons = 9: goes with privacy.unit = "person"'
+    ),
+    "an unknown unit": (private('unit = "patient"'), 'privacy.unit = "patient": must be'),
+    "a unit of another mechanism": (
+        private(CENTRAL + 'unit = "site"'), 'privacy.unit = "site": does not go with'
+    ),
+    "a holdout as dear as a site's whole run": (
+        {"run.toml": f"{CONFIG.replace(NONE, SITE)}[aggregation]\nencryption = 'none'\n"},
+        "privacy.epsilon_holdout = 3: must be below privacy.epsilon = 3",
+    ),
+    "a policy that accepts nothing": (policy("mechanisms = []"), "policy.mechanisms = []: must"),
+    "a policy's list that is none": (policy('units = "record"'), "must be a list"),
+    "a policy of an unknown mechanism": (
+        policy('mechanisms = ["cental"]'), 'did you mean "central"?'
+    ),
+    "a policy's coordinator without a key": (
+        policy('coordinator = "me"'), 'policy.coordinator = "me": must match'
+    ),
+    "an account in a run's policy": (policy('dataset_id = "a"'), "policy.dataset_id: unknown key"),
+    "no folder of policies": (policy('folder = "gone"'), "cannot be read (No such file"),
+    "a file for a folder of policies": (
+        policy('folder = "data.csv"'), "cannot be read (Not a directory)"
+    ),
+    "a policy of a site that is none": (
+        policy('folder = "own"', ("own/site-003.toml", "[policy]\n")),
+        "own/site-003.toml: policy.folder may hold the policies of this run's sites only",
+    ),
+    "a simulated site's empty file": (
+        policy('folder = "own"', ("own/site-001.toml", "")), "own/site-001.toml: policy: missing"
+    ),
+    "a simulated site's unknown key": (
+        policy('folder = "own"', ("own/site-002.toml", "[policy]\nmin_site = 3\n")),
+        'own/site-002.toml: policy.min_site: unknown key; did you mean "min_sites"?',
     ),
     "evaluation every -1 rounds": (evaluation("every = -1"), "evaluation.every = -1: must be >= 0"),
     "evaluation every half a round": (evaluation("every = 0.5"), "evaluation.every = 0.5"),
@@ -332,6 +408,7 @@ def lay(folder: Path, files: Files) -> None:
     good: Files = {"run.toml": CONFIG, "schema.toml": SCHEMA, "data.csv": TABLE}
     for name, content in {**good, **files}.items():
         data = content.encode() if isinstance(content, str) else content
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
 
 
@@ -455,7 +532,7 @@ class TestSimulate:
         self, call: Call, tmp_path: Path, line: str, said: str
     ) -> None:
         """It is no wrong configuration, but a run that the sites refuse: nothing has run."""
-        text = CONFIG.replace('mechanism = "none"', "sampling_rate = 1.0")
+        text = CONFIG.replace('mechanism = "none"', CENTRAL + "sampling_rate = 1.0")
         lay(tmp_path, {"run.toml": f"{text}[policy]\n{line}\n"})
         assert_refused(call("simulate", "run.toml", "--out", "run"), said, codes=(1,))
         assert not list(tmp_path.glob("run/events.jsonl"))

@@ -14,15 +14,12 @@ from pydantic import ValidationError
 
 from fedveil.config import (
     BUILT_IN_SIZES,
-    COMPATIBILITY,
     TRANSPORT,
     ConfigError,
     FedveilError,
     MechanismName,
-    Policy,
     RunConfig,
-    StrategyName,
-    UnitName,
+    RunPolicy,
     load_config,
     not_below,
     override,
@@ -34,8 +31,6 @@ from fedveil.config import (
 WriteFile = Callable[[str, str], Path]
 
 MECHANISMS: tuple[MechanismName, ...] = get_args(MechanismName)
-STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
-UNITS: tuple[UnitName, ...] = get_args(UnitName)
 
 SMALL = '[data]\nsource = "sklearn:digits"\n[model]\nfamily = "vae"\n'
 
@@ -90,7 +85,10 @@ def refusal(raw: dict[str, Any]) -> str:
             "federation",
             "min_replies",
             11,
-            "federation.min_replies = 11: must be at most federation.sites = 10",
+            (
+                'federation.min_replies = 11: under aggregation.encryption = "secagg" it is '
+                "secagg.n_min = 9; leave it out, or set that"
+            ),
         ),
         ("data", "source", 3, "data.source = 3: must be a valid string"),
         ("data", "records", 0, "data.records = 0: must be >= 1"),
@@ -171,6 +169,68 @@ def refusal(raw: dict[str, Any]) -> str:
             3,
             'policy.epsilon_lifetme: unknown key; did you mean "epsilon_lifetime"?',
         ),
+        ("policy", "epsilon_per_run", 0, "policy.epsilon_per_run = 0: must be > 0"),
+        ("policy", "delta_per_run", 1, "policy.delta_per_run = 1: must be < 1"),
+        ("policy", "min_sites", 1, "policy.min_sites = 1: must be >= 2"),
+        ("policy", "min_uploaders", 256, "policy.min_uploaders = 256: must be <= 255"),
+        ("policy", "min_t_collude", -1, "policy.min_t_collude = -1: must be >= 0"),
+        ("policy", "mechanisms", [], "policy.mechanisms = []: must not be empty"),
+        ("policy", "mechanisms", "central", 'policy.mechanisms = "central": must be a list'),
+        (
+            "policy",
+            "units",
+            ["record", "persn"],
+            (
+                "policy.units.1 = \"persn\": must be 'record', 'person' or 'site'; "
+                'did you mean "person"?'
+            ),
+        ),
+        ("policy", "families", ["vae", ""], 'policy.families.1 = "": must not be empty'),
+        ("policy", "max_parameters", 0, "policy.max_parameters = 0: must be >= 1"),
+        (
+            "policy",
+            "coordinator",
+            "me",
+            'policy.coordinator = "me": must match ^[0-9a-f]{64}$',
+        ),
+        # A real site's own business: a run cannot say these of its simulated ones.
+        (
+            "policy",
+            "approval",
+            "automatic",
+            (
+                "policy.approval: unknown key; known are epsilon_lifetime, delta_lifetime, "
+                "composition, epsilon_per_run, delta_per_run, min_sites, min_uploaders, "
+                "min_t_collude, mechanisms, units, families, encryption, max_parameters, "
+                "coordinator, folder"
+            ),
+        ),
+        ("secagg", "t_collude", -1, "secagg.t_collude = -1: must be >= 0"),
+        ("secagg", "t_collude", 254, "secagg.t_collude = 254: must be <= 253"),
+        ("secagg", "n_min", 0, "secagg.n_min = 0: must be >= 1"),
+        ("secagg", "threshold", 0, "secagg.threshold = 0: must be >= 1"),
+        ("secagg", "threshold", 6.0, "secagg.threshold = 6.0: must be a valid integer"),
+        ("secagg", "epoch_rounds", 0, "secagg.epoch_rounds = 0: must be >= 1"),
+        ("secagg", "epoch_rounds", 4097, "secagg.epoch_rounds = 4097: must be <= 4096"),
+        ("secagg", "deadline", 0, "secagg.deadline = 0: must be > 0"),
+        ("secagg", "deadline", 86401, "secagg.deadline = 86401: must be <= 86400"),
+        ("secagg", "treshold", 6, 'secagg.treshold: unknown key; did you mean "threshold"?'),
+        ("data", "persons", 0, "data.persons = 0: must be >= 1"),
+        (
+            "privacy",
+            "unit",
+            "patient",
+            "privacy.unit = \"patient\": must be 'record', 'person' or 'site'",
+        ),
+        (
+            "aggregation",
+            "encryption",
+            "secag",
+            (
+                "aggregation.encryption = \"secag\": must be 'none', 'sealed' or 'secagg'; "
+                'did you mean "secagg"?'
+            ),
+        ),
         ("data", "ledger", 3, "data.ledger = 3: must be a valid string"),
         (
             "data",
@@ -234,7 +294,7 @@ def test_something_must_be_left_to_train_on(holdout: float, audit: float) -> Non
 
 def test_shares_that_leave_a_little_are_fine() -> None:
     kept = config(data={"holdout": 0.5, "audit": 0.4})
-    assert kept.training_records == pytest.approx(179.7)
+    assert kept.pool == pytest.approx(179.7)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +363,7 @@ def test_a_filter_needs_a_limit_of_its_own(mechanism: str) -> None:
     assert validated(RunConfig, raw).lifetime == (5.0, 1e-5)
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("mechanism", sorted({*MECHANISMS} - {"site"}))
 @pytest.mark.parametrize("every", [None, 0, 3])
 def test_figures_of_training_records_need_held_out_ones(mechanism: str, every: int | None) -> None:
     raw = raw_config(
@@ -501,7 +561,7 @@ def test_what_cannot_be_computed_is_refused(
 
 def test_sampling_rate_by_default() -> None:
     # 1797 records, a tenth held out: 1617.3 to train on.
-    assert config().training_records == pytest.approx(1617.3)
+    assert config().pool == pytest.approx(1617.3)
     assert config().sampling_rate == pytest.approx(512 / 1617.3)
     # Held out and audited: 10_000 * 0.7 = 7_000.
     shared = {"records": 10_000, "holdout": 0.2, "audit": 0.1}
@@ -540,9 +600,144 @@ def test_strategy_by_mechanism(mechanism: str, strategy: str) -> None:
     assert config(privacy={"mechanism": mechanism}).strategy == strategy
 
 
+@pytest.mark.parametrize("encryption", ["none", "sealed"])
 @pytest.mark.parametrize(("sites", "replies"), [(1, 1), (2, 2), (3, 2), (10, 6), (11, 6)])
-def test_more_than_half_the_sites_must_reply(sites: int, replies: int) -> None:
-    assert config(federation={"sites": sites}).min_replies == replies
+def test_more_than_half_the_sites_must_reply(sites: int, replies: int, encryption: str) -> None:
+    chosen = config(
+        federation={"sites": sites},
+        privacy={"mechanism": "central"},
+        aggregation={"encryption": encryption},
+    )
+    assert chosen.min_replies == replies
+
+
+@pytest.mark.parametrize(
+    ("sites", "t_collude", "threshold", "n_min"),
+    [
+        # threshold: floor((sites + t_collude) / 2) + 1. One in ten may drop out, one at least, and
+        # none where the threshold needs them all.
+        (3, 1, 3, 3),
+        (4, 1, 3, 3),
+        (5, 1, 4, 4),
+        (9, 1, 6, 8),
+        (10, 1, 6, 9),
+        (10, 3, 7, 9),
+        (10, 6, 9, 9),
+        (10, 8, 10, 10),
+        (25, 1, 14, 23),
+        (100, 1, 51, 90),
+        (255, 1, 129, 230),
+    ],
+)
+def test_the_numbers_of_a_secure_sum_by_default(
+    sites: int, t_collude: int, threshold: int, n_min: int
+) -> None:
+    chosen = config(federation={"sites": sites}, secagg={"t_collude": t_collude})
+    assert (chosen.threshold, chosen.n_min, chosen.min_replies) == (threshold, n_min, n_min)
+
+
+def test_the_numbers_of_a_secure_sum_as_given() -> None:
+    chosen = config(secagg={"threshold": 7, "n_min": 8})
+    assert (chosen.threshold, chosen.n_min, chosen.min_replies) == (7, 8, 8)
+    # A threshold beyond what the default would leave raises it.
+    chosen = config(secagg={"threshold": 10})
+    assert (chosen.threshold, chosen.n_min) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "encryption", "unit", "strategy"),
+    [
+        ("distributed", "secagg", "record", "adam"),
+        ("central", "none", "record", "adam"),
+        ("local", "none", "record", "fedavg"),
+        ("site", "secagg", "site", "fedavg"),
+        ("none", "none", "record", "adam"),
+    ],
+)
+def test_what_a_mechanism_brings_with_it(
+    mechanism: str, encryption: str, unit: str, strategy: str
+) -> None:
+    chosen = config(privacy={"mechanism": mechanism})
+    assert (chosen.encryption, chosen.unit, chosen.strategy) == (encryption, unit, strategy)
+
+
+def test_noise_is_shared_out_under_a_secure_sum_by_default() -> None:
+    chosen = config()
+    assert (chosen.privacy.mechanism, chosen.encryption) == ("distributed", "secagg")
+
+
+class TestUnits:
+    """Sizes by hand: digits have 1797 records, a tenth held out, ten sites."""
+
+    def test_records(self) -> None:
+        chosen = config()
+        assert chosen.units == 1797
+        assert chosen.pool == pytest.approx(1617.3)
+        local = config(privacy={"mechanism": "local"})
+        assert local.units == 1797
+        assert local.pool == pytest.approx(161.73)
+
+    def test_persons(self) -> None:
+        chosen = config(privacy={"unit": "person"}, data={"persons": 500})
+        # 500 * 0.9 to train on; 500^-1.5 = 8.9e-5, more than 1e-5.
+        assert (chosen.records, chosen.units) == (1797, 500)
+        assert chosen.pool == pytest.approx(450.0)
+        assert (chosen.delta, chosen.sampling_rate) == (1e-5, 1.0)
+        many = config(privacy={"unit": "person"}, data={"persons": 10_000})
+        assert many.delta == pytest.approx(1e-6)
+        assert many.sampling_rate == pytest.approx(512 / 9000)
+
+    def test_sites(self) -> None:
+        chosen = config(privacy={"mechanism": "site"}, training={"local_steps": 5})
+        # The sampling within a site is no part of the price: of its own records.
+        assert chosen.units == 10
+        assert chosen.pool == pytest.approx(161.73)
+        assert (chosen.delta, chosen.sampling_rate) == (1e-5, 1.0)
+
+    def test_the_price_of_the_holdout_is_a_part_under_site_and_beside_it_otherwise(self) -> None:
+        def holdout(**privacy: Any) -> float:  # noqa: ANN401
+            return config(privacy={"epsilon": 2.0, **privacy}).epsilon_holdout
+
+        assert holdout() == 2.0
+        assert holdout(mechanism="site") == pytest.approx(0.2)
+        assert holdout(mechanism="site", epsilon_holdout=1.5) == 1.5
+        site = config(privacy={"mechanism": "site", "epsilon": 2.0})
+        assert site.lifetime == (2.0, 1e-5)
+
+    @pytest.mark.parametrize("held_out", [3.0, 50.0])
+    def test_a_sites_holdout_cannot_cost_more_than_the_run(self, held_out: float) -> None:
+        raw = raw_config(privacy={"mechanism": "site", "epsilon_holdout": held_out})
+        assert refusal(raw) == (
+            f"privacy.epsilon_holdout = {held_out:g}: must be below privacy.epsilon = 3, for a "
+            "site's held-out records are the same site's"
+        )
+        assert validated(RunConfig, {**raw, **raw_config(data={"holdout": 0.0})}).evaluations == 0
+
+    @pytest.mark.parametrize(("sites", "delta"), [(10, 0.1), (3, 0.5)])
+    def test_delta_is_below_one_site(self, sites: int, delta: float) -> None:
+        raw = raw_config(federation={"sites": sites}, privacy={"mechanism": "site", "delta": delta})
+        assert refusal(raw).startswith(f"privacy.delta = {delta:g}: must be below 1/{sites} sites")
+
+    def test_delta_is_below_one_person(self) -> None:
+        raw = raw_config(privacy={"unit": "person", "delta": 0.01}, data={"persons": 100})
+        assert refusal(raw).startswith("privacy.delta = 0.01: must be below 1/100 persons")
+
+    def test_training_records_have_no_figures_of_their_own_under_site(self) -> None:
+        raw = raw_config(privacy={"mechanism": "site"}, evaluation={"training_share": 0.1})
+        assert refusal(raw) == (
+            "evaluation.training_share = 0.1: goes with the units record and person; leave it out"
+        )
+
+    @pytest.mark.parametrize("mechanism", ["distributed", "central", "local", "none"])
+    def test_persons_are_declared_and_only_where_they_count(self, mechanism: str) -> None:
+        asked = raw_config(privacy={"mechanism": mechanism, "unit": "person"})
+        assert refusal(asked).startswith('data.persons: missing: privacy.unit = "person" needs')
+        idle = raw_config(privacy={"mechanism": mechanism}, data={"persons": 5})
+        assert refusal(idle) == 'data.persons = 5: goes with privacy.unit = "person" only'
+
+    def test_no_persons_under_site(self) -> None:
+        line = refusal(raw_config(privacy={"mechanism": "site"}, data={"persons": 5}))
+        assert line == 'data.persons = 5: goes with privacy.unit = "person" only'
 
 
 @pytest.mark.parametrize(
@@ -637,7 +832,9 @@ def test_published_sizes_are_what_scikit_learn_ships() -> None:
 
 def test_resolved_writes_the_derived_values_in() -> None:
     found = config().resolved()
-    assert found.federation.min_replies == 6
+    assert found.federation.min_replies == 9
+    assert (found.secagg.n_min, found.secagg.threshold) == (9, 6)
+    assert (found.aggregation.encryption, found.privacy.unit) == ("secagg", "record")
     assert found.data.records == 1797
     assert found.training.learning_rate == 0.005
     assert found.privacy.delta == 1e-5
@@ -649,17 +846,24 @@ def test_resolved_writes_the_derived_values_in() -> None:
     assert (found.policy.epsilon_lifetime, found.lifetime) == (None, (3.0, 1e-5))
 
 
+def test_resolved_writes_no_numbers_of_a_secure_sum_that_is_none() -> None:
+    found = config(privacy={"mechanism": "central"}).resolved()
+    assert (found.secagg.n_min, found.secagg.threshold) == (None, None)
+    assert (found.federation.min_replies, found.aggregation.encryption) == (6, "none")
+
+
 # shared().
 
 
 def test_what_is_each_sites_own_is_not_shared() -> None:
     """The server and the other sites learn nothing of a site's policy or of where its ledger is."""
-    own = validated(RunConfig, durable(policy={"composition": "rdp", "epsilon_lifetime": 6.25}))
+    said = {"composition": "rdp", "epsilon_lifetime": 6.25, "mechanisms": ["distributed"]}
+    own = validated(RunConfig, durable(policy={**said, "coordinator": "ab" * 32, "folder": "/own"}))
     shared = own.resolved().shared()
-    assert shared.policy == Policy()
+    assert shared.policy == RunPolicy()
     assert shared.data.ledger is None
     text = shared.model_dump_json(by_alias=True)
-    assert not any(told in text for told in ("6.25", "/srv/ledger", "rdp"))
+    assert not any(told in text for told in ("6.25", "/srv/ledger", "rdp", "abab", "/own"))
     assert RunConfig.model_validate_json(text) == shared
 
 
@@ -676,15 +880,35 @@ def test_runs_that_differ_in_a_policy_only_are_shared_alike(limit: float) -> Non
 # Properties.
 
 
-runs = st.builds(
-    lambda mechanism, sites, records, holdout, epsilon, held_out, every, limit: config(
-        federation={"sites": sites},
+def any_run(
+    mechanism: MechanismName,
+    secure: bool,
+    sites: int,
+    records: int | None,
+    holdout: float,
+    epsilon: float,
+    held_out: float | None,
+    every: int | None,
+    limit: float | None,
+) -> RunConfig:
+    secure = mechanism == "distributed" or (secure and sites >= 3)
+    encryption = "secagg" if secure else "sealed"
+    if held_out is not None and mechanism == "site":
+        held_out = min(held_out, epsilon / 2)
+    return config(
+        federation={"sites": max(sites, 3) if secure else sites},
         data={"records": records, "holdout": holdout},
         privacy={"mechanism": mechanism, "epsilon": epsilon, "epsilon_holdout": held_out},
+        aggregation={"encryption": encryption},
         evaluation={"every": every},
-        policy={"epsilon_lifetime": limit},
-    ),
+        policy={"epsilon_lifetime": limit, "units": ["record", "site"], "max_parameters": 9},
+    )
+
+
+runs = st.builds(
+    any_run,
     st.sampled_from(MECHANISMS),
+    st.booleans(),
     st.integers(1, 50),
     st.none() | st.integers(1, 10**9),
     st.floats(0, 0.99),
@@ -700,8 +924,9 @@ def test_resolving_changes_nothing_in_force_and_nothing_twice(run: RunConfig) ->
     once = run.resolved()
     assert once.resolved() == once
     for name in (
-        "strategy", "records", "training_records", "delta", "sampling_rate", "learning_rate",
-        "min_replies", "epsilon_holdout", "evaluate_every", "evaluations", "dataset_id", "lifetime",
+        "strategy", "encryption", "unit", "records", "units", "pool", "delta", "sampling_rate",
+        "learning_rate", "min_replies", "n_min", "threshold", "epsilon_holdout", "evaluate_every",
+        "evaluations", "dataset_id", "lifetime",
     ):  # fmt: skip
         assert getattr(once, name) == getattr(run, name)
     assert once.shared().shared() == once.shared()
@@ -724,96 +949,15 @@ def test_a_schema_survives_under_its_name_in_the_file() -> None:
     assert validated(RunConfig, once.model_dump(by_alias=True)) == once
 
 
-def test_a_run_is_frozen() -> None:
-    run = config()
+def test_a_run_is_frozen_and_can_be_hashed() -> None:
+    """A price is kept by its configuration: lists of a policy included."""
+    policy = {"mechanisms": ["central", "distributed"], "families": ["vae"]}
+    run = config(policy=policy)
+    assert hash(run) == hash(config(policy=policy))
     with pytest.raises(ValidationError, match="frozen"):
         run.privacy.epsilon = 100.0  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         run.privacy = run.privacy  # type: ignore[misc]
-
-
-# What goes with what: every cell.
-
-
-def test_every_mechanism_has_a_row() -> None:
-    assert set(COMPATIBILITY) == set(MECHANISMS)
-    for allowed in COMPATIBILITY.values():
-        assert allowed.against
-        assert allowed.strategies
-        assert set(allowed.strategies) <= set(STRATEGIES)
-        assert allowed.units
-        assert set(allowed.units) <= set(UNITS)
-
-
-def test_the_table_is_the_design_s() -> None:
-    """The design's cells, by hand: a server optimiser needs un-noised sums, fedavg full noise."""
-    assert {name: set(row.strategies) for name, row in COMPATIBILITY.items()} == {
-        "central": {"adam", "sgd"},
-        "local": {"fedavg", "fedprox", "fedadam", "median"},
-        "none": {"adam", "sgd", "fedavg", "fedprox", "fedadam", "median"},
-    }
-    assert "NOBODY" in COMPATIBILITY["none"].against
-    assert COMPATIBILITY["central"].against.startswith("everyone but the server")
-
-
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_each_cell_is_accepted_or_refused_as_the_table_says(
-    mechanism: MechanismName, strategy: StrategyName, unit: UnitName
-) -> None:
-    raw = raw_config(
-        privacy={"mechanism": mechanism, "unit": unit},
-        aggregation={"strategy": strategy},
-        training={"local_steps": 2} if strategy == "fedprox" else {},
-    )
-    allowed = COMPATIBILITY[mechanism]
-    if strategy in allowed.strategies and unit in allowed.units:
-        assert validated(RunConfig, raw).strategy == strategy
-        return
-    line = refusal(raw)
-    assert f'privacy.mechanism = "{mechanism}"' in line
-    if strategy not in allowed.strategies:
-        assert line.startswith(f'aggregation.strategy = "{strategy}"')
-        assert all(f'"{choice}"' in line.split("; use ")[1] for choice in allowed.strategies)
-    else:
-        assert line.startswith(f'privacy.unit = "{unit}"')
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_where_sites_train_they_may_take_several_steps(strategy: StrategyName) -> None:
-    raw = raw_config(
-        privacy={"mechanism": "none"},
-        aggregation={"strategy": strategy},
-        training={"local_steps": 5},
-    )
-    if strategy not in {"adam", "sgd"}:
-        assert validated(RunConfig, raw).training.local_steps == 5
-    else:
-        assert refusal(raw).startswith(f"training.local_steps = 5: {strategy} takes one step")
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    ("option", "owner"), [("proximal", "fedprox"), ("server_learning_rate", "fedadam")]
-)
-def test_an_option_of_another_strategy_is_refused(
-    strategy: StrategyName, option: str, owner: str
-) -> None:
-    raw = raw_config(
-        privacy={"mechanism": "none"},
-        aggregation={"strategy": strategy, option: 0.5},
-        training={"local_steps": 2} if strategy == "fedprox" else {},
-    )
-    if strategy == owner:
-        assert getattr(validated(RunConfig, raw).resolved().aggregation, option) == 0.5
-    else:
-        assert refusal(raw).startswith(f"aggregation.{option}: goes with aggregation.strategy")
-
-
-def test_fedprox_with_one_step_would_be_fedavg() -> None:
-    raw = raw_config(privacy={"mechanism": "none"}, aggregation={"strategy": "fedprox"})
-    assert refusal(raw).startswith("training.local_steps = 1: the first step begins at the server")
 
 
 def test_where_a_run_runs_is_none_of_the_sites_business() -> None:

@@ -77,9 +77,12 @@ def test_every_option_stands_in_the_table_once_with_its_description() -> None:
     ]
 
 
-def test_every_row_of_the_table_has_four_cells() -> None:
-    for line in markdown().splitlines():
-        assert not line or len(re.findall(r"(?<!\\)\|", line)) == 5
+def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
+    options, compatibility, said = markdown().split("\n\n")
+    for table, cells in ((options, 4), (compatibility, 5)):
+        for line in table.splitlines():
+            assert len(re.findall(r"(?<!\\)\|", line)) == cells + 1
+    assert said == "The first of each is the default. `median` does not go with `secagg`."
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,21 @@ def test_every_row_of_the_table_has_four_cells() -> None:
         ("clean.out_of_bounds", "`clip`, `missing`, `drop`", '`"clip"`'),
         ("model.family", "`vae`", "required"),
         ("training.learning_rate", "number > 0", "derived"),
-        ("privacy.mechanism", "`none`, `central`, `local`", '`"central"`'),
+        (
+            "privacy.mechanism",
+            "`distributed`, `central`, `local`, `site`, `none`",
+            '`"distributed"`',
+        ),
+        ("privacy.unit", "`record`, `person`, `site`", "derived"),
+        ("aggregation.encryption", "`none`, `sealed`, `secagg`", "derived"),
+        ("secagg.t_collude", "integer >= 0, <= 253", "`1`"),
+        ("secagg.deadline", "number > 0, <= 86400", "`600.0`"),
+        ("policy.epsilon_per_run", "number > 0", "derived"),
+        ("policy.delta_per_run", "number > 0, < 1", "derived"),
+        ("policy.min_sites", "integer >= 2, <= 255", "`2`"),
+        ("policy.units", "list of `record`, `person`, `site`", "derived"),
+        ("policy.families", "list of text", "derived"),
+        ("policy.folder", "text", "derived"),
         ("privacy.epsilon", "number > 0, <= 100", "`3.0`"),
         ("privacy.delta", "number > 0, < 1", "derived"),
         ("privacy.sampling_rate", "number > 0, <= 1", "derived"),
@@ -117,8 +134,11 @@ def test_every_mechanism_stands_in_the_second_table() -> None:
     assert len(lines) == len(COMPATIBILITY)
     assert (
         "| `local` | everyone, the server and the other sites included "
-        "| `fedavg`, `fedprox`, `fedadam`, `median` | `record` |" in lines
+        "| `fedavg`, `fedprox`, `fedadam`, `median` | `record`, `person` "
+        "| `none`, `sealed`, `secagg` |" in lines
     )
+    (shared,) = [line for line in lines if line.startswith("| `distributed` |")]
+    assert shared.endswith("| `adam`, `sgd` | `record`, `person` | `secagg` |")
 
 
 def test_updating_replaces_what_stands_between_the_markers_and_nothing_else() -> None:

@@ -90,7 +90,7 @@ def refusal(raw: dict[str, Any]) -> str:
             {"name": "a", "kind": "numeric", "bounds": [-0.5, 1.0], "transform": "log1p"},
             'column "a": transform: log1p needs a lower bound >= 0',
         ),
-        ({**AGE, "name": ""}, 'column.0.name = "": must be'),
+        ({**AGE, "name": ""}, 'column.0.name = "": must not be empty'),
         ({**AGE, "kind": "text"}, "column.0.kind = \"text\": must be 'numeric', 'integer' or"),
         ({**AGE, "bounds": [0, float("inf")]}, "column.0.bounds.1 = Infinity: must be a finite"),
         ({**AGE, "bounds": [float("nan"), 1]}, "column.0.bounds.0 = NaN: must be a finite"),
