@@ -286,10 +286,16 @@ def read_task(content: RecordDict) -> Task:
         _field(facts, "evaluation", int),
         _field(facts, "config", str),
         _field(facts, "schema", str),
-        *(_arrays(content, part) for part in _TASK_ARRAYS),
+        _arrays(content, "arrays"),
+        _arrays(content, "released"),
+        _arrays(content, "exam"),
         _head(facts),
         _field(facts, "clipping_norm", float),
-        *(_field(facts, name, bytes) for name in _TASK_BYTES),
+        _field(facts, "aggregator", bytes),
+        _field(facts, "coordinator", bytes),
+        _field(facts, "signature", bytes),
+        _field(facts, "opening", bytes),
+        _field(facts, "deals", bytes),
         task_digest(content),
     )
 

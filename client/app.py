@@ -17,8 +17,10 @@ from ..privacy import vector
 from ..privacy.books import Head
 from ..privacy.limits import BudgetError, LedgerError, TermsError
 from ..privacy.plan import Plan, plan
+from ..privacy.policy import Asked, PolicyRefusal, asked_by
 from ..privacy.secagg.encoding import encode
 from ..privacy.secagg.errors import SecAggError
+from ..privacy.secagg.keys import is_signed
 from ..privacy.secagg.messages import Upload
 from ..privacy.secagg.sealed import seal_reply
 from ..privacy.secagg.site import Site as Party
@@ -34,6 +36,7 @@ from ..wire import (
     pack,
     read_step,
     read_task,
+    run_statement,
     to_bytes,
 )
 from .secure import STEPS, Opened, open_round, upload
@@ -73,7 +76,7 @@ def terms_of(config_json: str, schema_json: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Understood:
     """What a task is about, as the site understands it."""
 
     config: RunConfig
@@ -103,12 +106,12 @@ def _answer(message: Message, context: Context, open_site: OpenSite) -> Update |
         log.error("refused a message: %s", error)
         return Refused("", 0, 0, Refusal.CONFIGURATION)
     try:
-        run = _understand(task.config, task.schema)
+        run = understand(task.config, task.schema)
         site = open_site(context)
         with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
             return _take_part(task, run, site, party)
     except Exception as error:
-        code = next((code for kind, code in _CODES if isinstance(error, kind)), Refusal.LEDGER)
+        code = _code(error)
         log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
         if not isinstance(error, (FedveilError, ValidationError)):
             log.exception("which nobody foresaw")
@@ -128,11 +131,19 @@ _CODES: tuple[tuple[type[Exception], Refusal], ...] = (
     (FedveilError, Refusal.CONFIGURATION),
     (ValidationError, Refusal.CONFIGURATION),
 )
-"""What a site says of each error; of one that nobody foresaw, that its ledger admits nothing."""
+"""What a site says of each error."""
 
 
-def _take_part(task: Task, run: _Run, site: Site, party: Party | None) -> Update:
+def _code(error: Exception) -> Refusal:
+    """Of one that nobody foresaw it says that its ledger admits nothing."""
+    if isinstance(error, PolicyRefusal):
+        return Refusal[error.code.name]
+    return next((code for kind, code in _CODES if isinstance(error, kind)), Refusal.LEDGER)
+
+
+def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> Update:
     """The site's part of a round: checked, debited and only then computed."""
+    site.accept(asked_of(task, run))
     if not run.priced.adaptive and task.clipping_norm != run.priced.clipping_norm:
         raise TermsError(
             f"clipping_norm = {task.clipping_norm}: expected {run.priced.clipping_norm} as priced"
@@ -156,7 +167,7 @@ def _take_part(task: Task, run: _Run, site: Site, party: Party | None) -> Update
 
 
 def _packed(
-    task: Task, run: _Run, site: Site, head: Head, parts: Parts, opened: Opened | None
+    task: Task, run: Understood, site: Site, head: Head, parts: Parts, opened: Opened | None
 ) -> Update:
     """What leaves the site: a masked vector, a sealed reply, or the parts as they are."""
     if opened is not None:
@@ -179,7 +190,7 @@ def _uploaded(task: Task, sent: Upload) -> Update:
     return Update(task.run_id, task.round, task.evaluation, {}, {}, ledger, encode(sent))
 
 
-def _blocks(task: Task, run: _Run) -> tuple[vector.Placed, ...]:
+def _blocks(task: Task, run: Understood) -> tuple[vector.Placed, ...]:
     """The round's vector, as the site itself derives it."""
     sizes = vector.Sizes(
         run.parameters,
@@ -198,7 +209,14 @@ def _blocks(task: Task, run: _Run) -> tuple[vector.Placed, ...]:
     return vector.placed(asked, run.priced)
 
 
-def _debit(site: Site, task: Task, run: _Run) -> Head:
+def asked_of(task: Task, run: Understood) -> Asked:
+    """What is public about the run, for the site's policy."""
+    statement = run_statement(task.run_id, task.config, task.schema, task.aggregator)
+    signed = is_signed(task.coordinator, statement, task.signature)
+    return asked_by(run.config, run.priced, run.parameters, task.coordinator if signed else None)
+
+
+def _debit(site: Site, task: Task, run: Understood) -> Head:
     """Commits what the task asks for, before any record is read."""
     releases = [("rounds", task.round)] if task.round else []
     if task.evaluation:
@@ -213,11 +231,11 @@ def _debit(site: Site, task: Task, run: _Run) -> Head:
 
 
 @lru_cache(maxsize=4)
-def _understand(config_json: str, schema_json: str) -> _Run:
+def understand(config_json: str, schema_json: str) -> Understood:
     """Reads the run and prices it by the site's own code; whatever the server says it costs."""
     config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
     kind = family(config.model.family)
     module = kind.build(config.model, schema)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     parameters = sum(sizes[name] for name in kind.trainable(module))
-    return _Run(config, schema, plan(config), parameters)
+    return Understood(config, schema, plan(config), parameters)

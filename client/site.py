@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig
+from ..config import Policy, RunConfig
 from ..data_prep import Encoded, modality
 from ..data_prep.partition import keyed_split
 from ..data_prep.schema import Schema
@@ -20,6 +20,7 @@ from ..privacy.ledger import Ledger
 from ..privacy.limits import Lifetime
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
+from ..privacy.policy import Asked, check_policy
 from ..privacy.secagg.errors import LostStateError
 from .secure import SecureSite
 
@@ -68,9 +69,10 @@ class Site:
         coins: Coins,
         folder: Path | None = None,
         secure: SecureSite | None = None,
+        policy: Policy = Policy(),  # noqa: B008  it is frozen
     ) -> None:
         """A site that reads its raw records by `read` and keeps its report in `folder`."""
-        self._secure = secure
+        self._secure, self._policy = secure, policy
         self.name, self.coins, self.failures = name, coins, 0
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
@@ -87,6 +89,14 @@ class Site:
         if self._secure is None:
             raise LostStateError(f"{self.name}: has no keys, expected an identity of its own")
         return self._secure
+
+    def accept(self, asked: Asked) -> None:
+        """Holds a run against the policy of the site's owner.
+
+        Raises:
+            PolicyRefusal: By the rule that it breaks.
+        """
+        check_policy(self._policy, asked)
 
     def check(
         self,

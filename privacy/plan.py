@@ -227,7 +227,8 @@ def _plan(config: RunConfig) -> Plan:
     numbers = _numbers(config)
     shared = numbers is not None and mechanism in {"distributed", "site"}
     most = config.federation.rounds + 2 * config.evaluations
-    over = slack(most, config.federation.sites) if shared else (0.0, 0.0)
+    dearest = max(config.privacy.epsilon, config.epsilon_holdout)
+    over = slack(most, config.federation.sites, dearest) if shared else (0.0, 0.0)
     price = _NO_PRICE if none else _price(config, over)
     held_out = _NO_HOLDOUT
     if not none and config.evaluations:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from ..config import EncryptionName, MechanismName, Policy, UnitName
+from ..config import EncryptionName, MechanismName, Policy, RunConfig, UnitName
 from .limits import LedgerError, Lifetime, TermsError
+from .plan import Plan
 from .secagg.errors import BelowFloorError
 from .secagg.terms import Floor, Numbers
 
@@ -117,6 +118,21 @@ class Asked:
     delta: float
     parameters: int
     coordinator: bytes | None
+
+
+def asked_by(config: RunConfig, priced: Plan, parameters: int, coordinator: bytes | None) -> Asked:
+    """What a run asks for; see `Asked`."""
+    return Asked(
+        mechanism=config.privacy.mechanism,
+        unit=config.unit,
+        family=config.model.family,
+        encryption=config.encryption,
+        numbers=priced.numbers,
+        epsilon=priced.epsilon,
+        delta=priced.delta,
+        parameters=parameters,
+        coordinator=coordinator,
+    )
 
 
 def check_policy(policy: Policy, asked: Asked) -> None:

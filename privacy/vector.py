@@ -14,8 +14,8 @@ from . import discrete
 from .noise import Coins
 from .plan import Plan
 from .secagg.quantise import dequantise, quantise
-from .secagg.terms import MAX_SCALE, Block, Numbers
-from .shared_noise import Grid, choose_grid
+from .secagg.terms import Block, Numbers
+from .shared_noise import Grid, choose_grid, public_scale
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _placed(release: Release, plan: Plan, numbers: Numbers) -> Placed:
             release.noise_multiplier, release.sensitivity, release.length, plan.honest
         )
     else:
-        grid = Grid(_scale(release, numbers.n), 0)
+        grid = Grid(public_scale(release.bound, numbers.n), 0)
     block = Block(
         release.name,
         release.length,
@@ -146,11 +146,6 @@ def _placed(release: Release, plan: Plan, numbers: Numbers) -> Placed:
         release.sampling_rate,
     )
     return Placed(block, grid.stretch if noised else None)
-
-
-def _scale(release: Release, sites: int) -> float:
-    """As fine as 32 bits allow for `sites` values of the release's bound."""
-    return min(MAX_SCALE, (2**31 - 1) // sites / release.bound)
 
 
 def words(

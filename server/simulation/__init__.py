@@ -12,9 +12,11 @@ from pathlib import Path
 from ...client.site import Site
 from ...config import RunConfig
 from ...data_prep.schema import Schema
+from ..coordinator import coordinator
 from ..rounds import Observer
+from ..store import RunFolder
 from .begun import Begun, begin
-from .sites import Shards, check_ledgers, pin_identities, simulated_site
+from .sites import Shards, check_sites, pin_identities, simulated_site
 
 Engine = Callable[[Begun, Mapping[int, Site], Observer], None]
 
@@ -61,5 +63,18 @@ def run(config: RunConfig, schema: Schema, shards: Shards, folder: Path, observe
             sites[node] = simulated_site(node, raw, folder, config, shards.report.records)
             stack.callback(sites[node].close)
         known = begun.point.ledgers if begun.point else {}
-        check_ledgers(sites, begun.run_id, known, config, schema)
+        signer = coordinator(folder).identity.public
+        refused = check_sites(sites, begun.run_id, known, config, schema, signer)
+        if refused:
+            _tell(RunFolder(folder), observe, refused)
         engine(begun, sites, observe)
+
+
+def _tell(folder: RunFolder, observe: Observer, refused: Mapping[int, str]) -> None:
+    """Whoever simulates is told who will refuse, and why; the run goes on without them."""
+    event = {
+        "event": "refused",
+        "refused": [{"site": number, "reason": reason} for number, reason in refused.items()],
+    }
+    folder.append(event)
+    observe(event)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from ...client.app import terms_of
+from ...client.app import terms_of, understand
 from ...client.secure import Keys, SecureSite
 from ...client.site import Budget, Site
-from ...config import RunConfig
+from ...config import Policy, RunConfig, site_policy
 from ...data_prep import modality
 from ...data_prep.clean import CleaningReport, refuse_unusable
 from ...data_prep.partition import share_out
@@ -23,14 +23,14 @@ from ...files import create_secret_file, replace_file
 from ...machine import on_network
 from ...privacy.books import Head
 from ...privacy.ledger import Journal, Ledger
-from ...privacy.limits import LedgerError, Lifetime, UnavailableError
+from ...privacy.limits import BudgetError, LedgerError, UnavailableError
 from ...privacy.noise import Coins
-from ...privacy.plan import plan
+from ...privacy.policy import PolicyRefusal, asked_by, floor_of, lifetime_of
 from ...privacy.secagg.keys import Identity
 from ...privacy.secagg.pins import read_identities
-from ...privacy.secagg.terms import Floor
 from ...wire import NO_LEDGER, site_name
 from ..collect import IDENTITIES
+from ..coordinator import coordinator
 from ..replies import RunError
 from ..rounds import Observer
 from ..store import Event
@@ -113,19 +113,27 @@ def simulated_site(
         ledger, split_key = _ledger_and_key(home, name)
     except OSError as error:
         raise UnavailableError(f"{home}: {error.strerror}; check the path and the disk") from None
-    data, (epsilon, delta) = config.data, config.lifetime
+    data, policy = config.data, _policy(config, name, folder)
     budget = Budget(
         ledger,
         config.dataset_id,
-        Lifetime(epsilon, delta, config.policy.composition),
+        lifetime_of(policy),
         {
             "shared_out": f"{data.partition} to {config.federation.sites} sites, seed "
             f"{config.federation.seed}, alpha {data.alpha:g}, column {data.column}, of "
             f"{records} records"
         },
     )
-    secure = SecureSite(name, _keys(name, folder), Floor(), hold=hold)
-    return Site(name, lambda: raw, split_key, budget, Coins.from_system(), own, secure)
+    secure = SecureSite(name, _keys(name, folder), floor_of(policy), hold=hold)
+    return Site(name, lambda: raw, split_key, budget, Coins.from_system(), own, secure, policy)
+
+
+def _policy(config: RunConfig, name: str, folder: Path) -> Policy:
+    """A simulated site's policy; it expects the run's own coordinator, as if it were told so."""
+    policy = site_policy(config, name)
+    if policy.coordinator is not None:
+        return policy
+    return policy.model_copy(update={"coordinator": coordinator(folder).identity.public.hex()})
 
 
 def pin_identities(sites: int, folder: Path) -> None:
@@ -196,26 +204,48 @@ def _read_key(path: Path) -> bytes:
     return key
 
 
-def check_ledgers(
+def check_sites(
     sites: Mapping[int, Site],
     run_id: str,
     known: Mapping[int, tuple[int, str]],
     config: RunConfig,
     schema: Schema,
-) -> None:
+    signer: bytes,
+) -> dict[int, str]:
     """A federation learns of a refusal by its code; whoever simulates one is told why, at once.
 
+    Args:
+        sites: By number.
+        run_id: The run.
+        known: Their ledgers' heads, as the server saw them last.
+        config: The run.
+        schema: What a record is.
+        signer: The coordinator's public key.
+
+    Returns:
+        Who will refuse, and why, where enough others remain.
+
     Raises:
-        LedgerError: A site would refuse.
+        LedgerError: Too few remain, or a ledger cannot be used.
     """
-    shared = config.shared()
-    terms = terms_of(shared.model_dump_json(by_alias=True), schema_to_json(schema))
-    for node, site in sites.items():
-        head = Head(*known.get(node, NO_LEDGER))
+    texts = config.shared().model_dump_json(by_alias=True), schema_to_json(schema)
+    run, terms = understand(*texts), terms_of(*texts)
+    asked = asked_by(run.config, run.priced, run.parameters, signer)
+    refused: dict[int, LedgerError] = {}
+    for number, site in sites.items():
+        head = Head(*known.get(number, NO_LEDGER))
         try:
-            site.check(run_id, terms, head, shared, schema, plan(shared))
+            site.accept(asked)
+            site.check(run_id, terms, head, run.config, schema, run.priced)
+        except (PolicyRefusal, BudgetError) as error:
+            refused[number] = error
         except LedgerError as error:
             raise type(error)(f"{site.name}: {error}") from None
+    if refused and len(sites) - len(refused) < config.min_replies:
+        first, *others = refused
+        more = f" (and so do {', '.join(sites[n].name for n in others)})" if others else ""
+        raise type(refused[first])(f"{sites[first].name}: {refused[first]}{more}")
+    return {number: str(error) for number, error in refused.items()}
 
 
 def refuse_failed(folder: Path) -> Observer:

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedveil.privacy.secagg
+from fedveil.config import least_threshold
 from fedveil.privacy.secagg.encoding import (
     MAX_WORDS,
     VERSION,
@@ -64,7 +65,7 @@ from fedveil.privacy.secagg.messages import (
 )
 from fedveil.privacy.secagg.sealed import SealedReply
 from fedveil.privacy.secagg.state import SiteState
-from fedveil.privacy.secagg.terms import Block, Member, Numbers, Opening, Setup, least_threshold
+from fedveil.privacy.secagg.terms import Block, Member, Numbers, Opening, Setup
 from fedveil.privacy.secagg.transcript import Released
 
 PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedveil.config import least_threshold
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.secagg import aggregator as aggregator_module
 from fedveil.privacy.secagg import site as site_module
@@ -59,7 +60,7 @@ from fedveil.privacy.secagg.shamir import combine, split
 from fedveil.privacy.secagg.shares import open_share
 from fedveil.privacy.secagg.simulator import MODEL, SERVER, Passing, Simulator
 from fedveil.privacy.secagg.site import Site
-from fedveil.privacy.secagg.terms import Block, Floor, Numbers, Opening, Setup, least_threshold
+from fedveil.privacy.secagg.terms import Block, Floor, Numbers, Opening, Setup
 from fedveil.privacy.secagg.transcript import Kept, verify_transcript
 
 Vectors = Callable[..., dict[int, np.ndarray]]

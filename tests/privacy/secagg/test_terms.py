@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedveil.config import least_threshold
 from fedveil.privacy.secagg.encoding import MAX_WORDS
 from fedveil.privacy.secagg.errors import (
     LoweredThresholdError,
@@ -25,7 +26,6 @@ from fedveil.privacy.secagg.terms import (
     Opening,
     Setup,
     check_members,
-    least_threshold,
 )
 
 
