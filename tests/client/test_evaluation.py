@@ -249,6 +249,7 @@ def task(config: RunConfig, exam: Exam, schema: Schema = SCHEMA) -> Task:
         },
         exam=exam_to_arrays(exam),
         ledger=NO_LEDGER,
+        clipping_norm=math.inf if config.privacy.mechanism == "none" else 1.0,
     )
 
 
@@ -273,7 +274,7 @@ def paid() -> RunConfig:
         "federation": {"sites": 1, "rounds": 1},
         "data": {"source": "none.csv", "records": 600, "holdout": 0.3, "audit": 0.3},
         "model": {"family": "vae", "latent": 2, "hidden": 8},
-        "privacy": {"epsilon": 8.0, "sampling_rate": 1.0},
+        "privacy": {"epsilon": 8.0, "sampling_rate": 1.0, "mechanism": "central"},
         "evaluation": {"training_share": 0.25},
     }
     return RunConfig.model_validate(raw).resolved()
