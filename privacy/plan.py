@@ -242,7 +242,7 @@ def _plan(config: RunConfig) -> Plan:
         unit=config.unit,
         encryption=config.encryption,
         numbers=numbers,
-        against=COMPATIBILITY[mechanism].against,
+        against=_against(config),
         target_epsilon=None if none else max(targets),
         epsilon=None if training is None else max(training, holdout or 0.0),
         training_epsilon=training,
@@ -265,6 +265,17 @@ def _plan(config: RunConfig) -> Plan:
         second_opinions=price.second_opinions,
         slack=over,
     )
+
+
+def _against(config: RunConfig) -> str:
+    """Whom a run protects against, with its own numbers."""
+    mechanism = config.privacy.mechanism
+    if mechanism not in {"distributed", "site"}:
+        return COMPATIBILITY[mechanism].against
+    if config.encryption != "secagg":
+        return "everyone, the server and the other sites included"
+    colluding = config.secagg.t_collude
+    return f"everyone: the server, and up to {colluding} of the other sites beside it"
 
 
 def _numbers(config: RunConfig) -> Numbers | None:
