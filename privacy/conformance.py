@@ -17,8 +17,10 @@ beyond the claim, nor about violations smaller than what a check calls detectabl
 
 Clipping and rate: the slots' mean is clip records rate, which tells the product only. The variance
 of X less sigma^2 is clip^2 records rate (1 - rate), so that mean and variance together tell each by
-itself, though less finely: the checks `clipping` and `rate`. If `slot mean` alone fails, either may
-be the cause, and the verdict does not say which.
+itself, though less finely: the checks `clipping` and `rate`. If `slot mean` fails and neither does,
+either may be the cause, and the verdict does not say which. Far from the claim both fail; then only
+`clipping bound`, which no rate can pass, tells. A wrong mean also fails `batch sizes` and `slot
+totals`, which speak for themselves only if the mean is right.
 """
 
 import math
@@ -60,7 +62,7 @@ _MOST = len(_ALWAYS) + len(_SAMPLED) + len(_SHARED) + 1
 
 _NOISES = 120_000  # values without records: shows noise x 0.99
 _SAMPLES = 40_000  # sampled records over all steps: shows a rate x 1.03
-_LEAST_SLOTS = 12  # enough for the spread of their totals
+_LEAST_SLOTS = 16  # enough for the spread of their totals
 _LEAST_STEPS = 8  # below it batch sizes would need millions of records
 _MARGIN = 1.2  # over what the sampling's variance must be at least
 

@@ -97,6 +97,8 @@ def cosine_bound(length: int, alarm: float) -> float:
 
 def cosine_detectable(length: int, bound: float) -> float:
     """The correlation that passes `bound` with the stated power, by Fisher's z."""
+    if bound >= 1:
+        return math.inf
     return math.tanh(math.atanh(bound) + ONE_SIDED / math.sqrt(length))
 
 
