@@ -294,7 +294,8 @@ def _scale(name: str, rows: np.ndarray, alarm: float, claim: Claim, wanted: floa
 def _alike(name: str, vectors: np.ndarray, alarm: float) -> Check:
     """The largest cosine of any two rows."""
     unit = _unit(vectors)
-    cosines = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+    # Not `@`: its threads wait for one another where cores are busy, for what is little work.
+    cosines = np.einsum("ik,jk->ij", unit, unit)[np.triu_indices(len(unit), 1)]
     return _cosines(name, cosines, vectors.shape[1], alarm / max(1, cosines.size))
 
 
