@@ -572,9 +572,8 @@ class TestIntervals:
         assert (found > high).sum() <= most
         assert draw.spread(slope) == pytest.approx(found.std() * math.sqrt(count), rel=0.05)
 
-
     def test_a_steep_slope_leaves_a_normal(self) -> None:
-        # 1e4 g beside g^2 with g normal: Chernoff's bound of a normal, 1e4 sqrt(2 ln(2 / 0.01) / 50).
+        # 1e4 g beside g^2, g normal: by Chernoff within 1e4 sqrt(2 ln(2 / 0.01) / 50).
         low, high = square_interval(Draw(1, 1.0, 1.0, 1.0), 50, 1e4, 0.01)
         assert (low, high) == pytest.approx((-4603.6, 4603.6), rel=1e-3)
 
