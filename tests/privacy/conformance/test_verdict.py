@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedveil.privacy.claim import Check, Claim, Observed, Shares
-from fedveil.privacy.conformance import ALARM, judge, sizes
-from fedveil.privacy.intervals import (
+from fedveil.privacy.conformance.claim import Check, Claim, Observed, Shares
+from fedveil.privacy.conformance.intervals import (
     Draw,
     cosine_bound,
     scale_interval,
     square_interval,
     sum_interval,
 )
+from fedveil.privacy.conformance.verdict import ALARM, judge, sizes
 from fedveil.privacy.mechanism import add_noise
 from fedveil.privacy.noise import Coins
 
