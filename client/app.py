@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..config import FedveilError, RunConfig
+from ..data_prep import check_unit
 from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, Context, Message
 from ..models import family
@@ -167,5 +168,6 @@ def _without_fail(
 @lru_cache(maxsize=4)
 def _understand(config_json: str, schema_json: str) -> tuple[RunConfig, Schema, Plan]:
     """Reads the run and prices it by the site's own code; whatever the server says it costs."""
-    config = RunConfig.model_validate_json(config_json)
-    return config, schema_from_json(schema_json), plan(config)
+    config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
+    check_unit(config, schema)
+    return config, schema, plan(config)

@@ -17,7 +17,7 @@ from torch import nn
 
 from fedveil.client.app import client_app
 from fedveil.client.evaluation import holdout_sums, training_sums
-from fedveil.client.site import Budget, Site, no_records
+from fedveil.client.site import Budget, Side, Site, no_records
 from fedveil.config import MechanismName, RunConfig
 from fedveil.data_prep import modality
 from fedveil.data_prep.partition import keyed_split
@@ -146,7 +146,9 @@ class TestHoldoutSums:
         self, config: RunConfig, exam: Exam, coins: Coins, mechanism: MechanismName
     ) -> None:
         module, records = model(config), encoded(persons(40), config)
-        found = holdout_sums(module, exam, records, config, SCHEMA, noisy(config, mechanism), coins)
+        found = holdout_sums(
+            module, exam, Side(records), config, SCHEMA, noisy(config, mechanism), coins
+        )
         exact = answers(family("vae"), module, exam, records, SCHEMA)
         assert list(found) == list(exact)
         assert all(np.array_equal(found[name], exact[name]) for name in exact)
@@ -158,8 +160,8 @@ class TestHoldoutSums:
         fixed = noisy(config, "local")
         for count in (0, 7):
             records = encoded(persons(9), config, np.arange(count))
-            sums = holdout_sums(model(config), exam, records, config, SCHEMA, fixed, coins)
-            trained = training_sums(model(config), records, config, fixed, coins)
+            sums = holdout_sums(model(config), exam, Side(records), config, SCHEMA, fixed, coins)
+            trained = training_sums(model(config), Side(records), config, fixed, coins)
             found = {f"holdout/{name}": array for name, array in sums.items()}
             found |= {f"training/{name}": array for name, array in trained.items()}
             expected = expected_sums(SCHEMA, fixed)
@@ -175,7 +177,7 @@ class TestHoldoutSums:
         exact = answers(family("vae"), module, exam, records, SCHEMA)
         fixed, drawn = noisy(config, "local"), []
         for _ in range(8):
-            found = holdout_sums(module, exam, records, config, SCHEMA, fixed, coins)
+            found = holdout_sums(module, exam, Side(records), config, SCHEMA, fixed, coins)
             drawn.append(residuals(found, exact))
         assert len(blocks(SCHEMA)) == 6
         only(np.concatenate(drawn), MULTIPLIER * math.sqrt(6) * 1.001)
@@ -199,7 +201,7 @@ class TestTrainingSums:
         self, config: RunConfig, coins: Coins, mechanism: MechanismName
     ) -> None:
         module, records = model(config), encoded(persons(40), config)
-        found = training_sums(module, records, config, noisy(config, mechanism), coins)
+        found = training_sums(module, Side(records), config, noisy(config, mechanism), coins)
         assert found == loss_answers(family("vae"), module, records)
         assert found["count"].tolist() == [40]
         assert np.array_equal(coins.words(4), Coins(KEY).words(4))
@@ -273,7 +275,7 @@ def paid() -> RunConfig:
         "federation": {"sites": 1, "rounds": 1},
         "data": {"source": "none.csv", "records": 600, "holdout": 0.3, "audit": 0.3},
         "model": {"family": "vae", "latent": 2, "hidden": 8},
-        "privacy": {"epsilon": 8.0, "sampling_rate": 1.0},
+        "privacy": {"epsilon": 8.0, "mechanism": "central", "sampling_rate": 1.0},
         "evaluation": {"training_share": 0.25},
     }
     return RunConfig.model_validate(raw).resolved()

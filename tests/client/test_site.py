@@ -72,9 +72,10 @@ def failing(error: Exception) -> Callable[[], Any]:
     return read
 
 
-def sizes(records: Records) -> tuple[int, int, int]:
+def sizes(records: Records) -> tuple[int, ...]:
     """How many records each side has."""
-    return len(records.training.y), len(records.holdout.y), len(records.audit.y)
+    sides = (records.training, records.holdout, records.audit)
+    return tuple(len(side.batch.y) for side in sides)
 
 
 @pytest.fixture
@@ -102,14 +103,14 @@ def test_the_sides_are_the_keyed_split(coins: Coins, budget: Budget, config: Run
     kind = modality(SCHEMA)
     encoded = kind.encode(raw, SCHEMA)
     sides = keyed_split(kind.identities(raw, SCHEMA), KEY, 0.3, 0.2)
-    for batch, rows in (
+    for side, rows in (
         (records.training, sides.training),
         (records.holdout, sides.holdout),
         (records.audit, sides.audit),
     ):
         assert len(rows)
-        assert np.array_equal(batch.x.numpy(), encoded.x[rows])
-        assert np.array_equal(batch.y.numpy(), encoded.y[rows])
+        assert np.array_equal(side.batch.x.numpy(), encoded.x[rows])
+        assert np.array_equal(side.batch.y.numpy(), encoded.y[rows])
     assert sum(sizes(records)) == 200
 
 
@@ -120,14 +121,14 @@ def test_a_record_keeps_its_side_when_others_go(
     some = modality(SCHEMA).take(raw, np.arange(0, 200, 3))
     whole, part = (site(r, coins, budget).records(config, SCHEMA) for r in (raw, some))
     for side in SIDES:
-        of_whole = {image.numpy().tobytes() for image in getattr(whole, side).x}
-        assert all(image.numpy().tobytes() in of_whole for image in getattr(part, side).x)
+        of_whole = {image.numpy().tobytes() for image in getattr(whole, side).batch.x}
+        assert all(image.numpy().tobytes() in of_whole for image in getattr(part, side).batch.x)
 
 
 def test_another_key_splits_otherwise(coins: Coins, budget: Budget, config: RunConfig) -> None:
     first = site(images(200), coins, budget).records(config, SCHEMA)
     second = site(images(200), coins, budget, key=bytes(32)).records(config, SCHEMA)
-    assert not torch.equal(first.training.y, second.training.y)
+    assert not torch.equal(first.training.batch.y, second.training.batch.y)
 
 
 def test_unusable_records_are_in_no_side(coins: Coins, budget: Budget, config: RunConfig) -> None:
@@ -220,14 +221,14 @@ def test_no_records_are_the_empty_batch_on_every_side(
     found = site(emptied, coins, budget).records(config, schema)
     width = (30,) if isinstance(schema, TableSchema) else (1, 8, 8)
     for side in SIDES:
-        for batch in (getattr(nothing, side), getattr(found, side)):
+        for batch in (getattr(nothing, side).batch, getattr(found, side).batch):
             assert (batch.x.shape, batch.x.dtype) == ((0, *width), torch.float32), side
             assert (batch.y.shape, batch.y.dtype) == ((0,), torch.int64), side
 
 
 def test_no_records_of_colour_images() -> None:
     colour = ImageSchema(height=8, width=12, channels=3, classes=("a", "b"))
-    assert no_records(colour).holdout.x.shape == (0, 3, 8, 12)
+    assert no_records(colour).holdout.batch.x.shape == (0, 3, 8, 12)
 
 
 def test_a_site_whose_records_are_all_unusable_has_none(
@@ -297,7 +298,7 @@ def split(
         }
     )
     records = site(raw, Coins(KEY), budget, key=key).records(config, schema)
-    sides = {side: getattr(records, side) for side in SIDES}
+    sides = {side: getattr(records, side).batch for side in SIDES}
     return {
         side: Counter(
             x.numpy().tobytes() + y.numpy().tobytes() for x, y in zip(*batch, strict=True)

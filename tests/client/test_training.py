@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedveil.client import training
+from fedveil.client.site import Side
 from fedveil.client.training import gradient_sum, train
 from fedveil.config import RunConfig
 from fedveil.data_prep import run_schema
@@ -34,11 +35,11 @@ class Everyone(Coins):
         return np.arange(count)
 
 
-def batch(count: int) -> Batch:
+def batch(count: int) -> Side:
     """So many images; the first ones are the same whatever the count."""
     rng = np.random.default_rng(5)
     x = rng.random((count, 1, 8, 8), dtype=np.float32)
-    return Batch(torch.from_numpy(x), torch.arange(count) % 10)
+    return Side(Batch(torch.from_numpy(x), torch.arange(count) % 10))
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ class TestGradientSum:
 
         fixed = noisy(config, "central")
         whole = batch(6)
-        chosen = Batch(whole.x[[1, 4]], whole.y[[1, 4]])
+        chosen = Side(Batch(whole.batch.x[[1, 4]], whole.batch.y[[1, 4]]))
         sampled = gradient_sum(family("vae"), module_for(config), whole, config, fixed, Some())
         direct = gradient_sum(family("vae"), module_for(config), chosen, config, fixed, Everyone())
         assert flat(sampled).tobytes() == flat(direct).tobytes()
