@@ -678,7 +678,7 @@ def durable(home: Path, **changes: Mapping[str, Any]) -> RunConfig:
         "federation": {"sites": 2, "rounds": 1},
         "data": {"source": "sklearn:digits", "ledger": str(home), "dataset_id": "wards"},
         "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
-        "privacy": {"epsilon": 1.0, "sampling_rate": 1.0},
+        "privacy": {"epsilon": 1.0, "mechanism": "central", "sampling_rate": 1.0},
         "evaluation": {"every": 0, "samples": 128},
         "policy": {"epsilon_lifetime": 2.0, "delta_lifetime": 1e-3},
     }
