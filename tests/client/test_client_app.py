@@ -959,6 +959,15 @@ class TestConfiguration:
         assert refusal(answer) is Refusal.CONFIGURATION
         assert site.reads == 0
 
+    def test_persons_that_the_schema_does_not_know(self, make_config: MakeConfig, ask: Ask) -> None:
+        """Whatever a server sends: nothing would say whose records are to be hidden."""
+        config = make_config(
+            data={"persons": 900}, privacy={"mechanism": "none", "unit": "person"}
+        ).resolved()
+        site = ask()
+        assert refusal(site.answer(task_for(config))) is Refusal.CONFIGURATION
+        assert (site.reads, site.entries) == (0, 1)
+
     def test_the_site_prices_the_run_itself(self, make_config: MakeConfig, ask: Ask) -> None:
         """The server claims nothing that counts: an unreachable budget is refused unread."""
         cheap = make_config(privacy={"epsilon": 1e-7}).resolved()

@@ -349,3 +349,52 @@ class TestWhoIsAsked:
         assert asking.site.failed
         assert reply.sums.keys() == expected_sums(SCHEMA, plan(three_sided)).keys()
         assert not any(array.any() for array in reply.sums.values())
+
+
+class TestPersons:
+    """A person counts once: one more or less moves every block by at most one."""
+
+    OWNERS = (0, 0, 0, 0, 1, 2, 2, 3, 4, 4)
+
+    @pytest.fixture
+    def by_person(self, config: RunConfig) -> Plan:
+        return replace(noisy(config, "central"), unit="person")
+
+    def side(self, config: RunConfig, without: int | None = None) -> Side:
+        kept = [row for row, owner in enumerate(self.OWNERS) if owner != without]
+        owners = torch.tensor([self.OWNERS[row] for row in kept])
+        return Side(encoded(persons(10), config, np.array(kept)), owners)
+
+    @pytest.mark.parametrize("person", [0, 1, 2, 3, 4])
+    def test_a_person_changes_each_block_by_at_most_one(
+        self, config: RunConfig, by_person: Plan, exam: Exam, coins: Coins, person: int
+    ) -> None:
+        module = model(config)
+        sides = [self.side(config, without) for without in (None, person)]
+        held_out = [
+            holdout_sums(module, exam, side, config, SCHEMA, by_person, coins) for side in sides
+        ]
+        trained = [training_sums(module, side, config, by_person, coins) for side in sides]
+        for whole, rest in (held_out, trained):
+            moved = [np.linalg.norm(whole[name] - rest[name]) for name in whole]
+            assert max(moved) <= 1 + 1e-9
+            assert whole["count"][0] - rest["count"][0] == pytest.approx(1)
+
+    def test_they_are_counted(
+        self, config: RunConfig, by_person: Plan, exam: Exam, coins: Coins
+    ) -> None:
+        side, module = self.side(config), model(config)
+        sums = holdout_sums(module, exam, side, config, SCHEMA, by_person, coins)
+        assert sums["count"][0] == pytest.approx(5)
+        assert training_sums(module, side, config, by_person, coins)["count"][0] == pytest.approx(5)
+        by_record = replace(by_person, unit="record")
+        assert training_sums(module, side, config, by_record, coins)["count"][0] == 10
+
+    def test_records_of_nobody_are_refused(
+        self, config: RunConfig, by_person: Plan, exam: Exam, coins: Coins
+    ) -> None:
+        side, module = Side(self.side(config).batch), model(config)
+        with pytest.raises(ValueError, match="not every record has one"):
+            holdout_sums(module, exam, side, config, SCHEMA, by_person, coins)
+        with pytest.raises(ValueError, match="not every record has one"):
+            training_sums(module, side, config, by_person, coins)
