@@ -172,10 +172,11 @@ def _add_units(
     """
     units, place = torch.unique_consecutive(groups[:real], return_inverse=True)
     factors = _factors(flat, real, RECORD_NORMS * bound)[:real, None]
+    as_they_are = bool((factors == 1).all())
     sums = {}
     for name, per_example in flat.items():
-        sums[name] = per_example.new_zeros(len(units), per_example.shape[1])
-        sums[name].index_add_(0, place, per_example[:real] * factors)
+        rows = per_example[:real] if as_they_are else per_example[:real] * factors
+        sums[name] = rows.new_zeros(len(units), rows.shape[1]).index_add_(0, place, rows)
         if carried:
             sums[name][0] += carried[name]
     goes_on = len(groups) > real and bool(groups[real] == units[-1])

@@ -32,8 +32,9 @@ def sides_of(sides: Sides, count: int) -> list[str]:
 
 def test_equal_keys_are_one_person_and_others_are_not() -> None:
     found = persons([b"ann", b"bob", b"ann", b"", b"Ann", b"bob"])
-    assert (found.dtype, found.tolist()) == (np.int64, [0, 1, 0, 2, 3, 1])
-    assert (persons([]).dtype, persons([]).shape) == (np.int64, (0,))
+    assert found.tolist() == [0, 1, 0, 2, 3, 1]
+    assert persons([]).tolist() == []
+    assert found.dtype == persons([]).dtype == np.int64
 
 
 @given(st.lists(st.binary(max_size=3), max_size=30))

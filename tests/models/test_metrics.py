@@ -1067,7 +1067,8 @@ class TestWeights:
         rest = found([row for row, owner in enumerate(owners) if owner != owners[0]])
         assert whole.keys() == blocks(schema).keys()
         for block, shape in blocks(schema).items():
-            assert (whole[block].shape, whole[block].dtype) == (shape, np.float64)
+            assert whole[block].shape == shape
+            assert whole[block].dtype == np.float64
             assert np.linalg.norm(whole[block] - rest[block]) <= 1 + 1e-9, block
         assert whole["count"][0] == pytest.approx(len(set(owners)))
 

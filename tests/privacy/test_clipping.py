@@ -369,7 +369,7 @@ def loops_by_group(module: nn.Module, loss: Loss, held: Grouped, bound: float) -
     x, y, groups = held
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     total = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in named.items()}
-    for label in groups.unique():
+    for label in torch.unique(groups):
         own = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in named.items()}
         for row in torch.nonzero(groups == label).flatten().tolist():
             one = by_loops(module, loss, (x[row : row + 1], y[row : row + 1]), RECORD_NORMS * bound)
@@ -395,7 +395,7 @@ class TestOneGroup:
         self, name: str, held: Grouped, which: int, clipping_norm: float, micro_batch: int
     ) -> None:
         x, y, groups = held
-        labels = groups.unique()
+        labels = torch.unique(groups)
         others = groups != labels[which % len(labels)]
         module = make(name)
 
