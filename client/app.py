@@ -10,6 +10,7 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
+from ..data_prep import check_unit
 from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, Context, Message
 from ..models import family, metrics
@@ -234,6 +235,7 @@ def _debit(site: Site, task: Task, run: Understood) -> Head:
 def understand(config_json: str, schema_json: str) -> Understood:
     """Reads the run and prices it by the site's own code; whatever the server says it costs."""
     config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
+    check_unit(config, schema)
     kind = family(config.model.family)
     module = kind.build(config.model, schema)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
