@@ -427,7 +427,7 @@ def fixed_run(tmp_path_factory: pytest.TempPathFactory) -> fedveil.Run:
             "federation": {"sites": 2, "rounds": 2},
             "data": {"source": "sklearn:breast_cancer", "holdout": 0.5},
             "model": {"family": "vae", "latent": 2, "hidden": 8},
-            "privacy": {"epsilon": 20.0, "epsilon_holdout": 20.0},
+            "privacy": {"epsilon": 20.0, "mechanism": "central", "epsilon_holdout": 20.0},
             "evaluation": {"every": 0, "training_share": 0.25},
         }
     )
