@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock
 
 from pydantic import ValidationError
 
@@ -41,6 +42,7 @@ from ..wire import (
     to_bytes,
 )
 from .secure import STEPS, Opened, open_round, upload
+from .self_test import ConformanceError, Tested, self_test
 from .site import Site
 from .work import FAILURES, Parts, parts_of
 
@@ -125,6 +127,7 @@ class _WorkError(FedveilError):
 
 _CODES: tuple[tuple[type[Exception], Refusal], ...] = (
     (_WorkError, Refusal.FAILED),
+    (ConformanceError, Refusal.CONFORMANCE),
     (SecAggError, Refusal.PROTOCOL),
     (BudgetError, Refusal.BUDGET),
     (TermsError, Refusal.CONFIGURATION),
@@ -145,6 +148,8 @@ def _code(error: Exception) -> Refusal:
 def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> Update:
     """The site's part of a round: checked, debited and only then computed."""
     site.accept(asked_of(task, run))
+    if site.policy.self_test and run.priced.epsilon is not None:
+        _check_conformance(run)
     if not run.priced.adaptive and task.clipping_norm != run.priced.clipping_norm:
         raise TermsError(
             f"clipping_norm = {task.clipping_norm}: expected {run.priced.clipping_norm} as priced"
@@ -208,6 +213,28 @@ def _blocks(task: Task, run: Understood) -> tuple[vector.Placed, ...]:
         evaluating=bool(task.evaluation),
     )
     return vector.placed(asked, run.priced)
+
+
+def _check_conformance(run: Understood) -> None:
+    """Refuses code that does not do what was priced; tested once a run, by whichever site is first.
+
+    Raises:
+        ConformanceError: A check fails.
+    """
+    with _one_at_a_time:
+        tested = _tested(run.config, run.priced)
+    if tested.outcome == "violated":
+        raise ConformanceError(
+            f"self-test: {', '.join(tested.failed)}: is not as priced; do not run this code"
+        )
+
+
+_one_at_a_time = Lock()
+
+
+@lru_cache(maxsize=4)
+def _tested(config: RunConfig, priced: Plan) -> Tested:
+    return self_test(config, priced)
 
 
 def asked_of(task: Task, run: Understood) -> Asked:

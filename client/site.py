@@ -91,6 +91,7 @@ class Site:
         name: What its own log and folder call it.
         coins: Its secret coins.
         failures: How often it took part without its records because they made it fail.
+        policy: What its owner accepts.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Site:
         policy: Policy = Policy(),  # noqa: B008  it is frozen
     ) -> None:
         """A site that reads its raw records by `read` and keeps its report in `folder`."""
-        self._secure, self._policy = secure, policy
+        self._secure, self.policy = secure, policy
         self.name, self.coins, self.failures = name, coins, 0
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
@@ -129,7 +130,7 @@ class Site:
         Raises:
             PolicyRefusal: By the rule that it breaks.
         """
-        check_policy(self._policy, asked)
+        check_policy(self.policy, asked)
 
     def check(
         self,
