@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .compare import check_run
 from .config import TRANSPORT, ConfigError, FedveilError, RunConfig, load_config, override
-from .data_prep import run_schema
+from .data_prep import check_unit, run_schema
 from .data_prep.schema import Schema
 from .export import GRID_SAMPLES, TABLE_SAMPLES, write
 from .run import Run
@@ -129,6 +129,7 @@ def resolve(
     elif settings:
         config = override(config.model_dump(by_alias=True), settings)
     schema = run_schema(config)
+    check_unit(config, schema)
     return config.resolved(), schema
 
 

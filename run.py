@@ -142,7 +142,8 @@ class Run:
     def evaluate(self, data: Path | str) -> dict[str, Any]:
         """Exact figures of the run's model for records of one's own: NOT PRIVATE.
 
-        They are the figures of `metrics.json` without noise, for the model that is released.
+        They are the figures of `metrics.json` without noise, for the model that is released; where
+        the run hides persons, each person counts once.
 
         Args:
             data: A file or folder of the run's modality; it is cleaned by the run's rules.
@@ -155,7 +156,9 @@ class Run:
         """
         import torch
 
+        from .client.site import Side
         from .data_prep.clean import refuse_unusable
+        from .data_prep.partition import persons
         from .models import Batch, family, metrics
         from .server.evaluation import questions
 
@@ -168,7 +171,9 @@ class Run:
         records = Batch(torch.from_numpy(encoded.x), torch.from_numpy(encoded.y))
         exam = questions(self._arrays, self.config, self.schema)
         made = family(self.config.model.family)
-        sums = metrics.answers(made, self._module, exam, records, self.schema)
+        whose = torch.from_numpy(persons(kind.identities(cleaned, self.schema)))
+        weights = Side(records, whose).weights(self.config.unit)
+        sums = metrics.answers(made, self._module, exam, records, self.schema, weights)
         figures = metrics.figures(sums, exam, self.schema, made.score_bounds(self._module))
         return {"private": False, "records": len(records.y), "figures": figures}
 

@@ -41,7 +41,9 @@ def digits(report: Report, repeats: int) -> None:
 
     bunch = load_digits()
     real_x, real_y = bunch.images.reshape(len(bunch.images), -1) / 16, bunch.target
-    for mechanism in ("central",) if report.quick else ("central", "local", "none"):
+    for mechanism in (
+        ("distributed",) if report.quick else ("distributed", "central", "local", "none")
+    ):
         scores, seconds, runs = [], [], []
         for seed in range(repeats):
             run = _simulate("digits-vae.toml", mechanism, seed, report)
@@ -57,15 +59,17 @@ def digits(report: Report, repeats: int) -> None:
 
 def adult(report: Report, repeats: int) -> None:
     """AUROC on the real test file, mean of three classifiers, of 32,000 synthetic records."""
-    for mechanism in ("central",) if report.quick else ("central", "local", "none"):
+    for mechanism in (
+        ("distributed",) if report.quick else ("distributed", "central", "local", "none")
+    ):
         scores, seconds, runs = [], [], []
         for seed in range(repeats):
             run = _simulate("adult-vae.toml", mechanism, seed, report)
             kind = modality(run.schema)
-            test = _encoded(ADULT / "adult-test.csv", run.schema)
+            test = encoded(ADULT / "adult-test.csv", run.schema)
             frame = pl.DataFrame(run.sample(32_000, seed))
             cleaned, _ = kind.clean(frame.cast(pl.String), run.schema, Clean())
-            by_model = _aurocs(kind.encode(cleaned, run.schema), test)
+            by_model = aurocs(kind.encode(cleaned, run.schema), test)
             for name, value in by_model.items():
                 if repeats == 1:
                     report.add(f"adult_{mechanism}_auroc_{name}", value)
@@ -74,8 +78,8 @@ def adult(report: Report, repeats: int) -> None:
             runs.append(run)
         _add(report, f"adult_{mechanism}", "auroc", scores, seconds)
         _accounted(report, f"adult_{mechanism}", runs, str(ADULT / "adult-test.csv"))
-    train = _encoded(ADULT / "adult-train.csv", run.schema)
-    report.add("adult_real_auroc", float(np.mean(list(_aurocs(train, test).values()))))
+    train = encoded(ADULT / "adult-train.csv", run.schema)
+    report.add("adult_real_auroc", float(np.mean(list(aurocs(train, test).values()))))
 
 
 def _simulate(example: str, mechanism: str, seed: int, report: Report) -> fedveil.Run:
@@ -103,13 +107,15 @@ def _accounted(report: Report, prefix: str, runs: list[fedveil.Run], data: str) 
         report.add(f"{prefix}_exact_{name}", float(np.mean([found[name] for found in exact])))
 
 
-def _encoded(path: Path, schema: Schema) -> Encoded:
+def encoded(path: Path, schema: Schema) -> Encoded:
+    """The records of a file, cleaned and encoded."""
     kind = modality(schema)
     cleaned, _ = kind.clean(kind.read(str(path), schema), schema, Clean())
     return kind.encode(cleaned, schema)
 
 
-def _aurocs(train: Encoded, test: Encoded) -> dict[str, float]:
+def aurocs(train: Encoded, test: Encoded) -> dict[str, float]:
+    """By classifier: trained on the one, tested on the other."""
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .show import Json
+from .show import Json, figure
 
 if TYPE_CHECKING:
     from ..privacy.secagg.transcript import Verdict
+
+PARTS = ("conformance", "transcript")
+_TRANSCRIPT, _IDENTITIES = "transcript.bin", "identities.toml"
 
 app = typer.Typer(help="Verify what a run leaves to show.", no_args_is_help=True)
 
@@ -17,6 +20,80 @@ app = typer.Typer(help="Verify what a run leaves to show.", no_args_is_help=True
 @app.callback()
 def audit() -> None:
     """Verify what a run leaves to show."""
+
+
+@app.command()
+def run(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Parts of the audit: {', '.join(PARTS)}. Default: all."),
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Audit a run: exit 1 if anything is violated."""
+    from ..api import load
+    from ..config import ConfigError
+    from ..privacy.audit.conformance import audit_conformance
+
+    if unknown := [part for part in only or [] if part not in PARTS]:
+        raise ConfigError(f"--only {unknown[0]}: must be {' or '.join(PARTS)}")
+    loaded = load(path)
+    found: dict[str, Any] = {"run_id": loaded.metrics["run_id"]}
+    if "conformance" in (only or PARTS):
+        found["conformance"] = audit_conformance(loaded).as_dict()
+    if "transcript" in (only or PARTS) and (path / _TRANSCRIPT).exists():
+        found["transcript"] = _verified(path / _TRANSCRIPT, path / _IDENTITIES)
+    verdicts = [part.get("verdict") for part in found.values() if isinstance(part, dict)]
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        _print_audit(path, found)
+    raise typer.Exit(1 if "violated" in verdicts else 0)
+
+
+def _print_audit(path: Path, found: dict[str, Any]) -> None:
+    """What an audit found, for people."""
+    if "conformance" in found:
+        part = found["conformance"]
+        rate = part["false_alarm_rate"]
+        typer.echo(f"{path}: conformance {part['verdict']} (false alarms at most {rate:g})")
+        for check in part["checks"]:
+            low, high = (figure(check[end]) for end in ("low", "high"))
+            typer.echo(
+                f"  {'ok' if check['passed'] else 'VIOLATED':8} {check['name']:28} "
+                f"{figure(check['statistic']):>12} within {low} to {high}"
+            )
+        for ledger in part["ledgers"]:
+            typer.echo(
+                f"  {'ok' if ledger['holds'] else 'VIOLATED':8} ledger of {ledger['site']}: "
+                f"{ledger['made']} rounds committed, in {ledger['took_part']} of the run's, "
+                f"{ledger['asked']} asked for"
+            )
+    if "transcript" in found:
+        rounds = found["transcript"]["rounds"]
+        typer.echo(
+            f"{path}: transcript consistent: every signature holds, {len(rounds)} secure sums"
+        )
+
+
+def _verified(path: Path, identities: Path) -> dict[str, Any]:
+    """What a transcript shows; a fault is an error."""
+    from ..config import ConfigError
+    from ..privacy.secagg.errors import SecAggError
+    from ..privacy.secagg.pins import read_identities
+    from ..privacy.secagg.transcript import verify_transcript
+
+    pinned = read_identities(identities)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    try:
+        return _facts(verify_transcript(data, pinned))
+    except SecAggError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 @app.command()
@@ -30,20 +107,7 @@ def transcript(
     as_json: Json = False,
 ) -> None:
     """Check, offline, what the sites signed in each secure sum; a fault is an error."""
-    from ..config import ConfigError
-    from ..privacy.secagg.errors import SecAggError
-    from ..privacy.secagg.pins import read_identities
-    from ..privacy.secagg.transcript import verify_transcript
-
-    pinned = read_identities(identities)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    try:
-        facts = _facts(verify_transcript(data, pinned))
-    except SecAggError as error:
-        raise type(error)(f"{path}: {error}") from None
+    facts = _verified(path, identities)
     if as_json:
         typer.echo(json.dumps({"valid": True, **facts}))
         return

@@ -149,6 +149,8 @@ def _print_summary(run: "Run") -> None:
     )
     typer.echo(f"Privacy: {promise(privacy)}")
     typer.echo(f"Protects one {privacy['unit']} against {privacy['against']}")
+    if privacy["excess"] > 1:
+        typer.echo(f"Noise: {privacy['excess']:.4g} times what a trusted server would add")
     for open_end in privacy["not_claimed"]:
         typer.echo(f"Not claimed: {open_end}")
     for name, found in metrics["quality"].items():

@@ -77,6 +77,9 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
                 if event["event"] == "resumed":
                     _print_resumed(event, console)
                     bar.update(task, completed=event["round"] + len(event["lost"]))
+            elif event["event"] == "refused":
+                for one in event["refused"]:
+                    console.print(f"site {one['site']} will refuse: {one['reason']}", markup=False)
             elif event["event"] == "evaluated":
                 loss = f", loss {event['loss']:.2f}"
             elif event["event"] == "round":

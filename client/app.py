@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock
 
 from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
 from ..config.options import LEAST_NORM, MOST_NORM
+from ..data_prep import check_unit
 from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, Context, Message
 from ..models import family, metrics
@@ -41,6 +43,7 @@ from ..wire import (
     to_bytes,
 )
 from .secure import STEPS, Opened, open_round, upload
+from .self_test import ConformanceError, Tested, self_test
 from .site import Site
 from .work import FAILURES, Parts, parts_of
 
@@ -127,6 +130,7 @@ class _WorkError(FedveilError):
 
 _CODES: tuple[tuple[type[Exception], Refusal], ...] = (
     (_WorkError, Refusal.FAILED),
+    (ConformanceError, Refusal.CONFORMANCE),
     (SecAggError, Refusal.PROTOCOL),
     (BudgetError, Refusal.BUDGET),
     (TermsError, Refusal.CONFIGURATION),
@@ -148,6 +152,8 @@ def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> 
     """The site's part of a round: checked, debited and only then computed."""
     site.accept(asked_of(task, run))
     _check_norm(task.clipping_norm, run.priced)
+    if site.policy.self_test and run.priced.epsilon is not None:
+        _check_conformance(run)
     opened = None
     if party is not None:
         opened = open_round(party, task, _blocks(task, run), run.priced)
@@ -218,6 +224,28 @@ def _blocks(task: Task, run: Understood) -> tuple[vector.Placed, ...]:
     return vector.placed(asked, run.priced)
 
 
+def _check_conformance(run: Understood) -> None:
+    """Refuses code that does not do what was priced; tested once a run, by whichever site is first.
+
+    Raises:
+        ConformanceError: A check fails.
+    """
+    with _one_at_a_time:
+        tested = _tested(run.config, run.priced)
+    if tested.outcome == "violated":
+        raise ConformanceError(
+            f"self-test: {', '.join(tested.failed)}: is not as priced; do not run this code"
+        )
+
+
+_one_at_a_time = Lock()
+
+
+@lru_cache(maxsize=4)
+def _tested(config: RunConfig, priced: Plan) -> Tested:
+    return self_test(config, priced)
+
+
 def asked_of(task: Task, run: Understood) -> Asked:
     """What is public about the run, for the site's policy."""
     statement = run_statement(task.run_id, task.config, task.schema, task.aggregator)
@@ -243,6 +271,7 @@ def _debit(site: Site, task: Task, run: Understood) -> Head:
 def understand(config_json: str, schema_json: str) -> Understood:
     """Reads the run and prices it by the site's own code; whatever the server says it costs."""
     config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
+    check_unit(config, schema)
     kind = family(config.model.family)
     module = kind.build(config.model, schema)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from ..config import Policy, RunConfig
-from ..data_prep import Encoded, modality
-from ..data_prep.partition import keyed_split
+from ..config import Policy, RunConfig, UnitName
+from ..data_prep import Encoded, check_unit, modality
+from ..data_prep.partition import keyed_split, persons
 from ..data_prep.schema import Schema
 from ..models import Batch
 from ..privacy.books import Head, order
@@ -26,12 +28,43 @@ from .secure import SecureSite
 
 
 @dataclass(frozen=True)
+class Side:
+    """Records of one side of the keyed split.
+
+    Attributes:
+        batch: The records, [N].
+        persons: [N] int64, whose record each one is, 0 to P - 1; `None` where the privacy unit is
+            not a person. All records of a person are on one side.
+    """
+
+    batch: Batch
+    persons: Tensor | None = None
+
+    def groups(self, unit: UnitName) -> Tensor | None:
+        """[N] whose record each one is, if persons are what is hidden; else `None`.
+
+        Raises:
+            ValueError: They are, and nothing says so. To go on would hide records only.
+        """
+        if unit != "person":
+            return None
+        if self.persons is None or len(self.persons) != len(self.batch.y):
+            raise ValueError("persons: are what is hidden, and not every record has one")
+        return self.persons
+
+    def weights(self, unit: UnitName) -> Tensor | None:
+        """[N] float64 such that every privacy unit counts once: 1 / (its records), or `None`."""
+        groups = self.groups(unit)
+        return None if groups is None else 1 / groups.bincount()[groups].double()
+
+
+@dataclass(frozen=True)
 class Records:
     """A site's cleaned, encoded records by side of the keyed split."""
 
-    training: Batch
-    holdout: Batch
-    audit: Batch
+    training: Side
+    holdout: Side
+    audit: Side
 
 
 @dataclass(frozen=True)
@@ -58,6 +91,7 @@ class Site:
         name: What its own log and folder call it.
         coins: Its secret coins.
         failures: How often it took part without its records because they made it fail.
+        policy: What its owner accepts.
     """
 
     def __init__(
@@ -72,7 +106,7 @@ class Site:
         policy: Policy = Policy(),  # noqa: B008  it is frozen
     ) -> None:
         """A site that reads its raw records by `read` and keeps its report in `folder`."""
-        self._secure, self._policy = secure, policy
+        self._secure, self.policy = secure, policy
         self.name, self.coins, self.failures = name, coins, 0
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
@@ -96,7 +130,7 @@ class Site:
         Raises:
             PolicyRefusal: By the rule that it breaks.
         """
-        check_policy(self._policy, asked)
+        check_policy(self.policy, asked)
 
     def check(
         self,
@@ -186,8 +220,10 @@ class Site:
         Raises:
             DataError: They cannot be read at all.
         """
-        about = (schema, config.clean, config.data.holdout, config.data.audit)
+        by_person = config.unit == "person"
+        about = (schema, config.clean, config.data.holdout, config.data.audit, by_person)
         if self._records is None or self._about != about:
+            check_unit(config, schema)
             kind = modality(schema)
             cleaned, report = kind.clean(self._read(), schema, config.clean)
             if self._folder is not None:
@@ -195,16 +231,13 @@ class Site:
                 text = json.dumps(report.as_dict(), indent=2)
                 (self._folder / "cleaning.json").write_text(text, encoding="utf-8")
             encoded = kind.encode(cleaned, schema)
-            sides = keyed_split(
-                kind.identities(cleaned, schema),
-                self._split_key,
-                config.data.holdout,
-                config.data.audit,
-            )
+            identities = kind.identities(cleaned, schema)
+            sides = keyed_split(identities, self._split_key, config.data.holdout, config.data.audit)
+            keys = identities if by_person else None
             self._records = Records(
-                training=_batch(encoded.take(sides.training)),
-                holdout=_batch(encoded.take(sides.holdout)),
-                audit=_batch(encoded.take(sides.audit)),
+                training=_side(encoded, keys, sides.training),
+                holdout=_side(encoded, keys, sides.holdout),
+                audit=_side(encoded, keys, sides.audit),
             )
             self._about = about
         return self._records
@@ -231,11 +264,16 @@ def _sha256(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _batch(encoded: Encoded) -> Batch:
-    return Batch(torch.from_numpy(encoded.x), torch.from_numpy(encoded.y))
+def _side(encoded: Encoded, keys: Sequence[bytes] | None, rows: np.ndarray) -> Side:
+    x, y = encoded.take(rows)
+    batch = Batch(torch.from_numpy(x), torch.from_numpy(y))
+    if keys is None:
+        return Side(batch)
+    return Side(batch, torch.from_numpy(persons([keys[row] for row in rows])))
 
 
 def no_records(schema: Schema) -> Records:
     """Zero records of a schema: what a site takes part with when it has none."""
-    none = Batch(torch.zeros(0, *schema.shape), torch.zeros(0, dtype=torch.int64))
+    nobody = torch.zeros(0, dtype=torch.int64)
+    none = Side(Batch(torch.zeros(0, *schema.shape), nobody), nobody)
     return Records(none, none, none)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..models import Batch, Family, family
@@ -15,31 +15,46 @@ from ..privacy.clipping import CLIPPING_SLACK, clipped_sum
 from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
+from .site import Side
 
 
 def gradient_sum(
-    kind: Family, module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coins: Coins
+    kind: Family, module: nn.Module, records: Side, config: RunConfig, plan: Plan, coins: Coins
 ) -> Arrays:
     """One step's clipped gradient sum over a fresh Poisson sample, after the site's own noise.
 
-    Formal guarantee: the sum has sensitivity `plan.clipping_norm` in one record, which is in it
-    with probability `plan.sampling_rate`; under `local` the result is one priced release, under
-    `central` it becomes one at the server, under `distributed` in the secure sum.
+    Formal guarantee: the sum has sensitivity `plan.clipping_norm` in one privacy unit, a record or
+    all records of a person, which is in it as a whole with probability `plan.sampling_rate`; under
+    `local` the result is one priced release, under `central` it becomes one at the server, under
+    `distributed` in the secure sum.
     """
-    rows = torch.from_numpy(coins.poisson_sample(len(records.y), plan.sampling_rate))
+    batch, groups = records.batch, records.groups(plan.unit)
+    rows = _poisson_sample(len(batch.y), groups, plan.sampling_rate, coins)
     total = clipped_sum(
         module,
         kind.example_losses,
-        Batch(records.x[rows], records.y[rows]),
+        Batch(batch.x[rows], batch.y[rows]),
         plan.clipping_norm,
         coins.generator(),
         micro_batch=config.training.micro_batch,
+        groups=None if groups is None else groups[rows],
     )
     arrays = {name: gradient.numpy() for name, gradient in total.items()}
     return mechanism_of(plan).at_site(arrays, plan.noise_scale, coins)
 
 
-def train(module: nn.Module, records: Batch, config: RunConfig, plan: Plan, coins: Coins) -> Arrays:
+def _poisson_sample(count: int, groups: Tensor | None, rate: float, coins: Coins) -> Tensor:
+    """Rows of a true Poisson sample: of records, or of persons with all the records of each."""
+    if groups is None:
+        return torch.from_numpy(coins.poisson_sample(count, rate))
+    persons = int(groups.max()) + 1 if count else 0
+    # One coin a person: with one a record, who has many would be in nearly every step.
+    sampled = np.zeros(persons, dtype=np.bool_)
+    sampled[coins.poisson_sample(persons, rate)] = True
+    return torch.from_numpy(np.flatnonzero(sampled[groups.numpy()]))
+
+
+def train(module: nn.Module, records: Side, config: RunConfig, plan: Plan, coins: Coins) -> Arrays:
     """What a site sends for one round.
 
     Returns:

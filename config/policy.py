@@ -75,6 +75,12 @@ class Policy(Options):
         "none is asked for.",
     )
 
+    self_test: bool = Field(
+        True,
+        description="Whether the site tests the mechanism of its installed code before a run, and "
+        "refuses if it is not as priced; about a second.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.composition == "rdp" and self.epsilon_lifetime is None:

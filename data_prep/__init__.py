@@ -6,7 +6,7 @@ from ..config import ConfigError, RunConfig
 from .modality import Encoded, Modality
 from .schema import ImageSchema, Schema, load_schema
 
-__all__ = ["MODALITIES", "Encoded", "Modality", "Schema", "modality", "run_schema"]
+__all__ = ["MODALITIES", "Encoded", "Modality", "Schema", "check_unit", "modality", "run_schema"]
 
 MODALITIES = {
     "table": "tabular:MODALITY",
@@ -21,6 +21,22 @@ def modality(schema: Schema) -> Modality:
     if not isinstance(found, Modality):
         raise TypeError(f"{module}:{name} is no Modality")
     return found
+
+
+def check_unit(config: RunConfig, schema: Schema) -> None:
+    """Refuses to hide persons where nothing says whose a record is.
+
+    Raises:
+        ConfigError: The unit is a person, and the schema names no key of one.
+    """
+    if config.unit == "person" and schema.person is None:
+        mend = (
+            "" if schema.modality == "image" else 'name the column of its key, person = "...", or '
+        )
+        raise ConfigError(
+            f'privacy.unit = "person": the schema of these {schema.modality}s knows no person; '
+            f'{mend}use privacy.unit = "record"'
+        )
 
 
 def run_schema(config: RunConfig) -> Schema:

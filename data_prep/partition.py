@@ -47,6 +47,18 @@ def keyed_split(identities: Sequence[bytes], key: bytes, holdout: float, audit: 
     )
 
 
+def persons(identities: Sequence[bytes]) -> np.ndarray:
+    """Whose record each one is: [N] int64, the persons numbered as they come.
+
+    Args:
+        identities: [N] the key of each record's person; equal ones are one person.
+    """
+    # Not `np.unique`: it takes zero bytes off their ends, and two persons would be one.
+    numbers: dict[bytes, int] = {}
+    found = [numbers.setdefault(identity, len(numbers)) for identity in identities]
+    return np.array(found, dtype=np.int64)
+
+
 def share_out(
     data: Data,
     sites: int,

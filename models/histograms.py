@@ -84,10 +84,10 @@ def cells(records: Batch, schema: Schema) -> list[np.ndarray]:
     return found + [records.y.numpy()] * bool(schema.classes)
 
 
-def one_way(records: Batch, schema: Schema) -> np.ndarray:
-    """The histograms of all columns, joined."""
+def one_way(records: Batch, schema: Schema, weights: np.ndarray | None = None) -> np.ndarray:
+    """The histograms of all columns, joined; each record counts by its weight [N], or once."""
     pairs = zip(cells(records, schema), levels(schema), strict=True)
-    return joined([np.bincount(c, minlength=n) for c, n in pairs])
+    return joined([np.bincount(c, weights, minlength=n) for c, n in pairs])
 
 
 def joined(counts: Sequence[np.ndarray]) -> np.ndarray:

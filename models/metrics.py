@@ -4,6 +4,11 @@ An evaluation asks every record the same public questions and adds up the answer
 (`Exam`) are made from synthetic records and the released model alone, so that they cost nothing;
 each block of answers has L2 norm at most 1 a record, so that all B blocks together have sensitivity
 sqrt(B). What can be said of the sums (`figures`) is post-processing.
+
+Where a person is what is hidden, a record's answers are weighted by one over the number of the
+person's records: a person's answers are then a mean of vectors of norm at most 1, of norm at most 1
+themselves, and sqrt(B) stands for a whole person. Each person counts once: `count` is of persons,
+and every figure is a mean over persons of what is found in each one's records.
 """
 
 import math
@@ -107,7 +112,14 @@ def prepare(synthetic: Batch, schema: Schema, seed: int) -> Exam:
     return Exam(tuple(_fit(synthetic, schema, seed)), one_way, two_way)
 
 
-def answers(kind: Family, module: nn.Module, exam: Exam, records: Batch, schema: Schema) -> Arrays:
+def answers(
+    kind: Family,
+    module: nn.Module,
+    exam: Exam,
+    records: Batch,
+    schema: Schema,
+    weights: Tensor | None = None,
+) -> Arrays:
     """The sums over records, exact: what leaves a site has noise first.
 
     Each record is answered for by itself, in products of one row. In a larger one the last bit of a
@@ -120,27 +132,44 @@ def answers(kind: Family, module: nn.Module, exam: Exam, records: Batch, schema:
         exam: The questions.
         records: [N] records.
         schema: What a record is.
+        weights: [N] what each record's answers count, in [0, 1]; `None`: once.
 
     Returns:
         Float64 by block, as `blocks` says.
+
+    Raises:
+        ValueError: A weight is missing or out of range.
     """
-    sums = loss_answers(kind, module, records)
-    one_way, two_way = _histograms(records, schema)
+    sums = loss_answers(kind, module, records, weights)
+    counted = None if weights is None else weights.double().numpy()
+    one_way, two_way = _histograms(records, schema, counted)
     sums |= {"one_way": one_way, "two_way": two_way}
     for probe in exam.probes:
-        sums[f"tstr_{probe.name}"] = _tested(probe, records, schema)
+        sums[f"tstr_{probe.name}"] = _tested(probe, records, schema, counted)
     return {name: sums[name] for name in blocks(schema)}
 
 
-def loss_answers(kind: Family, module: nn.Module, records: Batch) -> Arrays:
-    """Count and loss alone; the loss is clipped to the family's public bounds, as -1 to 1."""
+def loss_answers(
+    kind: Family, module: nn.Module, records: Batch, weights: Tensor | None = None
+) -> Arrays:
+    """Count and loss alone; the loss is clipped to the family's public bounds, as -1 to 1.
+
+    Raises:
+        ValueError: A weight is missing or out of range.
+    """
+    if weights is not None and (
+        weights.shape != records.y.shape or not ((weights >= 0) & (weights <= 1)).all()
+    ):
+        raise ValueError(f"weights: must be {len(records.y)} numbers from 0 to 1")
     low, high = kind.score_bounds(module)
     scores = torch.cat(
         [torch.zeros(0), *(kind.scores(module, one) for one in _one_by_one(records))]
     )
     scores = scores.double().nan_to_num(nan=low, posinf=low, neginf=low).clamp(low, high)
-    total = float((1 - 2 * (scores - low) / (high - low)).sum())
-    return {"count": np.array([float(len(records.y))]), "loss": np.array([total])}
+    losses, count = 1 - 2 * (scores - low) / (high - low), float(len(records.y))
+    if weights is not None:
+        losses, count = losses * weights.double(), float(weights.double().sum())
+    return {"count": np.array([count]), "loss": np.array([float(losses.sum())])}
 
 
 def figures(
@@ -227,7 +256,8 @@ def floors(
     """What each total variation would read if real records were drawn from the synthetic ones.
 
     A total variation is never below what noise and the few records make of it: near its floor it
-    says nothing. Drawn from public randomness, as `noise_of_figures` is.
+    says nothing. Drawn from public randomness, as `noise_of_figures` is; where persons are counted,
+    as if each had one record, which makes it too high rather than too low.
 
     Args:
         sums: The noised sums.
@@ -397,18 +427,20 @@ def _classifier(probe: Probe) -> Callable[[Tensor], Tensor]:
     return chances
 
 
-def _tested(probe: Probe, records: Batch, schema: Schema) -> np.ndarray:
+def _tested(
+    probe: Probe, records: Batch, schema: Schema, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Of two classes [class, score bin] counts, of more [wrong, right]."""
     classify = _classifier(probe)
     rows = [classify(one.x.flatten(1).double()) for one in _one_by_one(records)]
     chances = torch.cat([torch.zeros(0, len(schema.classes)), *rows]).numpy()
     y = records.y.numpy()
     if len(schema.classes) != 2:
-        right = int((chances.argmax(axis=1) == y).sum())
-        return np.array([len(y) - right, right], dtype=np.float64)
+        right = (chances.argmax(axis=1) == y).astype(np.int64)
+        return np.bincount(right, weights, minlength=2).astype(np.float64)
     # Not `searchsorted`, which takes its bracket from one record to the next.
     bins = (chances[:, 1:] >= probe.edges).sum(axis=1)
-    cells = np.bincount(y * _SCORE_BINS + bins, minlength=2 * _SCORE_BINS)
+    cells = np.bincount(y * _SCORE_BINS + bins, weights, minlength=2 * _SCORE_BINS)
     return cells.astype(np.float64).reshape(2, _SCORE_BINS)
 
 
@@ -427,14 +459,16 @@ def _tables(schema: Schema) -> dict[str, list[int]]:
     return {name: cells for name, cells in tables.items() if cells}
 
 
-def _histograms(records: Batch, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
-    """One- and two-way counts of records [N], each vector of L2 norm 1 a record."""
+def _histograms(
+    records: Batch, schema: Schema, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """One- and two-way counts of records [N], each vector of L2 norm 1 (or its weight) a record."""
     found, sizes = histograms.cells(records, schema), histograms.levels(schema)
     two = [
-        np.bincount(found[a] * sizes[b] + found[b], minlength=sizes[a] * sizes[b])
+        np.bincount(found[a] * sizes[b] + found[b], weights, minlength=sizes[a] * sizes[b])
         for a, b in _pairs(schema)
     ]
-    return histograms.one_way(records, schema), histograms.joined(two)
+    return histograms.one_way(records, schema, weights), histograms.joined(two)
 
 
 def _variation(real: np.ndarray, synthetic: np.ndarray, cells: Sequence[int]) -> float:

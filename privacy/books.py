@@ -389,6 +389,8 @@ class Books:
         if asked.run_id in self.runs:
             raise TermsError(f"run {asked.run_id}: is reserved already")
         lifetime = _lifetime(asked)
+        for run in self.runs.values():
+            _check_unit(run.reservation, asked)
         for charge in asked.charges:
             account = _account(asked, charge)
             earlier = [_draw(run, other) for run, other in self._of(account)]
@@ -408,6 +410,19 @@ class Books:
             epsilon=None if epsilon.is_infinite() else float(epsilon),
             delta=float(delta),
             lifetime=lifetime,
+        )
+
+
+def _check_unit(before: Reservation, asked: Reservation) -> None:
+    """A data set is kept in one unit: what a record is charged says nothing of its person.
+
+    Nor the other way: without one of their records a person is another person, which is two steps
+    of add-or-remove.
+    """
+    if before.dataset_id == asked.dataset_id and before.unit != asked.unit:
+        raise TermsError(
+            f'data set "{asked.dataset_id}": privacy.unit = "{asked.unit}": is kept by '
+            f'"{before.unit}" since its first run; keep that'
         )
 
 

@@ -3,6 +3,7 @@
 A run draws on two accounts. The keyed split puts a record on one side by the site's key and the
 record alone, and cleaning maps records one by one; so adding or removing one record changes one
 side by one record (or none, if cleaning drops it) and leaves the others as they were.
+Where the unit is a person, read "person" for "record": all records of a person share a side.
 Let the run's outputs be a training mechanism M_T of the training side and a hold-out mechanism M_H
 of the hold-out side, in any interleaving, each of which may look at all earlier outputs. If the
 record is on the training side, every release of M_H is a function of equal records and of earlier
@@ -79,8 +80,9 @@ class Plan:
         adaptive: Whether the clipping norm follows a quantile of the sites' updates.
         noise_multiplier: Standard deviation of the noise over the clipping norm, of a round as a
             whole where that adapts (see `update_noise`).
-        sampling_rate: Chance of a record to be in a step; true Poisson sampling.
-        expected_batch: Expected records a step by public numbers, the divisor of noised sums.
+        sampling_rate: Chance of a record, or of a person, to be in a step; true Poisson sampling.
+        expected_batch: Expected records, or persons, a step by public numbers, the divisor of
+            noised sums.
         rounds: Rounds of the run.
         releases_per_round: Noised sums of one record's data in a round.
         schedule: Cumulative epsilon of the training account after each round, [rounds]; empty
@@ -240,7 +242,7 @@ def _plan(config: RunConfig) -> Plan:
         unit=config.unit,
         encryption=config.encryption,
         numbers=numbers,
-        against=COMPATIBILITY[mechanism].against,
+        against=_against(config),
         target_epsilon=None if none else max(targets),
         epsilon=None if training is None else max(training, holdout or 0.0),
         training_epsilon=training,
@@ -263,6 +265,17 @@ def _plan(config: RunConfig) -> Plan:
         second_opinions=price.second_opinions,
         slack=over,
     )
+
+
+def _against(config: RunConfig) -> str:
+    """Whom a run protects against, with its own numbers."""
+    mechanism = config.privacy.mechanism
+    if mechanism not in {"distributed", "site"}:
+        return COMPATIBILITY[mechanism].against
+    if config.encryption != "secagg":
+        return "everyone, the server and the other sites included"
+    colluding = config.secagg.t_collude
+    return f"everyone: the server, and up to {colluding} of the other sites beside it"
 
 
 def _numbers(config: RunConfig) -> Numbers | None:

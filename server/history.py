@@ -20,6 +20,7 @@ class Round:
         sites: How many usable replies came.
         dropped: The sites without one, each with the server's reason.
         seconds: The server's time by part.
+        excess: How many times the accounted noise was in the sum, where it is shared out.
     """
 
     number: int
@@ -27,6 +28,7 @@ class Round:
     sites: int
     dropped: tuple[tuple[int, str], ...]
     seconds: Mapping[str, float]
+    excess: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,12 @@ class History:
         return tuple(Absence(*who, tuple(rounds)) for who, rounds in sorted(missed.items()))
 
     @property
+    def excess(self) -> tuple[float, float] | None:
+        """The least and the most of the rounds."""
+        found = [one.excess for one in self.rounds if one.excess is not None]
+        return (min(found), max(found)) if found else None
+
+    @property
     def seconds(self) -> dict[str, float]:
         """The time of all rounds by part."""
         parts: dict[str, float] = {}
@@ -138,6 +146,7 @@ def _round(event: Event) -> Round:
         sites=int(event["sites"]),
         dropped=tuple((int(one["site"]), str(one["reason"])) for one in event["dropped"]),
         seconds=event["seconds"],
+        excess=event.get("excess"),
     )
 
 

@@ -88,6 +88,7 @@ class Facts:
         marginals: Of every column.
         counted: How many held-out records the real shares are of, by their noised counts.
         picture: A data URI of synthetic images, or nothing.
+        excess: Least and most noise in a round's sum over the accounted one, where it is shared.
         attendance: Usable replies by round.
         absences: Site, reason, how many rounds, which.
         heads: Count and head hash of each site's ledger.
@@ -112,6 +113,7 @@ class Facts:
     marginals: tuple[Histogram, ...]
     counted: float
     picture: str
+    excess: tuple[float, float] | None
     attendance: Chart | None
     absences: tuple[tuple[int, str, int, str], ...]
     heads: Mapping[str, tuple[int, str]]
@@ -169,6 +171,7 @@ def gathered(sources: Sources) -> Facts:
         marginals=columns,
         counted=counted,
         picture=_data_uri(sources.samples),
+        excess=told.excess,
         attendance=attendance(told),
         absences=tuple((a.site, a.reason, len(a.rounds), spans(a.rounds)) for a in told.absences),
         heads=_heads(sources),
@@ -222,15 +225,16 @@ def _accounts(privacy: Mapping[str, Any], limits: Mapping[str, Any]) -> tuple[Ac
     if privacy["epsilon"] is None:
         return ()
     per_round, rounds = privacy["releases_per_round"], privacy["rounds"]
+    whole = privacy.get("unit") == "site"
     training = Account(
-        "training",
+        "training and evaluation" if whole else "training",
         limits.get("epsilon", privacy["target_epsilon"]),
         privacy.get("training_epsilon", privacy["epsilon"]),
         f"{rounds} rounds, {per_round} release{'s' if per_round > 1 else ''} each",
         privacy["noise_multiplier"],
-        privacy["sampling_rate"],
+        1.0 if whole else privacy["sampling_rate"],
     )
-    if not privacy.get("evaluations"):
+    if whole or not privacy.get("evaluations"):
         return (training,)
     holdout = Account(
         "hold-out",

@@ -365,7 +365,7 @@ def _metrics(run: _Run, point: Checkpoint, seconds: float) -> dict[str, Any]:
         "rounds": run.priced.rounds,
         "steps": point.state.steps,
         "sites": len(run.channel.sites),
-        "privacy": run.priced.as_dict() | {"not_claimed": _not_claimed(run.schema)},
+        "privacy": run.priced.as_dict() | {"not_claimed": _not_claimed(run)},
         "quality": point.evaluated.quality,
         "evaluated": {"round": point.evaluated.round, "evaluations": point.evaluated.count},
         "ledgers": {str(node): {"count": c, "head": h} for node, (c, h) in point.ledgers.items()},
@@ -373,11 +373,17 @@ def _metrics(run: _Run, point: Checkpoint, seconds: float) -> dict[str, Any]:
     }
 
 
-def _not_claimed(schema: Schema) -> list[str]:
+def _not_claimed(run: _Run) -> list[str]:
     """What the unit leaves open."""
-    if schema.person is None:
+    person, unit = run.schema.person, run.priced.unit
+    if unit == "site":
+        return ["that a site took part is not hidden, only its data"]
+    if person is None:
         return []
-    return [f"a {schema.person} with several records is not hidden, only each record"]
+    if unit == "record":
+        return [f"a {person} with several records is not hidden, only each record"]
+    at_several = f"a {person} with records at k sites is hidden k times less"
+    return [f"{at_several}: the sensitivity is k times as large, and the claim is for one site"]
 
 
 def _seconds(**parts: float) -> dict[str, float]:

@@ -36,7 +36,7 @@ _ASKED = "checkpoint/asked.json"
 _STATE = ("model", "average", "first", "second")
 _SOURCES = (
     ".", "cli", "client", "config", "data_prep", "models", "privacy",
-    "privacy/secagg", "server", "server/simulation",
+    "privacy/audit", "privacy/conformance", "privacy/secagg", "server", "server/simulation",
 )  # fmt: skip
 _SOURCE_ENDINGS = (".py", ".j2", ".css")
 _VERSIONED = (

@@ -37,6 +37,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
         "data": {"source": "sklearn:digits"},
         "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
         "privacy": {"epsilon": 8.0, "mechanism": "central"},
+        "policy": {"self_test": False},
     }
     for section, options in sections.items():
         raw.setdefault(section, {}).update(options)

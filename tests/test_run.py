@@ -427,7 +427,7 @@ def fixed_run(tmp_path_factory: pytest.TempPathFactory) -> fedveil.Run:
             "federation": {"sites": 2, "rounds": 2},
             "data": {"source": "sklearn:breast_cancer", "holdout": 0.5},
             "model": {"family": "vae", "latent": 2, "hidden": 8},
-            "privacy": {"epsilon": 20.0, "epsilon_holdout": 20.0},
+            "privacy": {"epsilon": 20.0, "mechanism": "central", "epsilon_holdout": 20.0},
             "evaluation": {"every": 0, "training_share": 0.25},
         }
     )
@@ -779,3 +779,128 @@ def test_the_package_has_no_other_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fedveil.nonsense  # noqa: B018
     assert fedveil.Run is api_module.Run
+
+
+PATIENTS = """
+label = "sick"
+person = "patient"
+
+[[column]]
+name = "age"
+kind = "integer"
+bounds = [0, 99]
+
+[[column]]
+name = "sick"
+kind = "categorical"
+categories = ["no", "yes"]
+"""
+
+
+class TestPersons:
+    """Runs that hide a patient with all their records."""
+
+    @pytest.fixture
+    def wards(self, tmp_path: Path) -> dict[str, Any]:
+        """A table of 120 patients with one to four records each, and its declaration."""
+        rng = np.random.default_rng(3)
+        lines = [
+            f"{rng.integers(0, 100)},{('no', 'yes')[rng.integers(0, 2)]},patient {number}"
+            for number in range(120)
+            for _ in range(1 + number % 4)
+        ]
+        lines += ["50,no,", "51,yes,NA"]
+        rng.shuffle(lines)
+        table, schema = tmp_path / "wards.csv", tmp_path / "wards.toml"
+        table.write_text("\n".join(["age,sick,patient", *lines]), encoding="utf-8")
+        schema.write_text(PATIENTS, encoding="utf-8")
+        return {"source": str(table), "schema": str(schema), "records": 300, "persons": 120}
+
+    def by_person(
+        self, make_config: MakeConfig, wards: Mapping[str, Any], **sections: dict[str, Any]
+    ) -> RunConfig:
+        made = {"data": dict(wards), "privacy": {"unit": "person", "sampling_rate": 0.5}}
+        for section, options in {"evaluation": {"samples": 200, "every": 1}, **sections}.items():
+            made.setdefault(section, {}).update(options)
+        return make_config(**made)
+
+    @pytest.mark.parametrize("mechanism", ["central", "local"])
+    def test_a_run_over_them(
+        self, make_config: MakeConfig, wards: Mapping[str, Any], tmp_path: Path, mechanism: str
+    ) -> None:
+        config = self.by_person(
+            make_config,
+            wards,
+            privacy={"mechanism": mechanism},
+            evaluation={"training_share": 0.2},
+        )
+        run = fedveil.simulate(config, out=tmp_path / "run")
+        privacy = run.metrics["privacy"]
+        assert (privacy["unit"], privacy["mechanism"]) == ("person", mechanism)
+        assert 0 < privacy["epsilon"] <= 8.0
+        # 120^-1.5 is above 1e-5, so the smaller one holds; a step expects so many patients.
+        assert privacy["delta"] == 1e-5
+        expected = 0.5 * 120 * 0.9 / (3 if mechanism == "local" else 1)
+        assert privacy["expected_batch"] == pytest.approx(expected)
+        [open_end] = privacy["not_claimed"]
+        assert open_end.startswith("a patient with records at k sites is hidden k times less")
+        assert {"loss", "one_way_tv", "training_loss"} <= run.metrics["quality"].keys()
+        assert not any((run.path / "sites").glob("*.failed"))
+        assert len(run.sample(5)) == 5
+
+    def test_their_figures_count_each_once(
+        self, make_config: MakeConfig, wards: Mapping[str, Any], tmp_path: Path
+    ) -> None:
+        """Without noise they are those of one record a patient, had each patient equal records."""
+        lines = Path(wards["source"]).read_text(encoding="utf-8").splitlines()
+        first = {line.rpartition(",")[2]: line for line in reversed(lines[1:])}
+        first = {who: line for who, line in first.items() if who.startswith("patient")}
+        several = [line for who, line in first.items() for _ in range(1 + int(who.split()[1]) % 4)]
+        for name, kept in (("once.csv", list(first.values())), ("often.csv", several)):
+            (tmp_path / name).write_text("\n".join([lines[0], *kept]), encoding="utf-8")
+        config = self.by_person(make_config, wards, privacy={"mechanism": "none"})
+        run = fedveil.simulate(config, out=tmp_path / "run")
+        once, often = (run.evaluate(tmp_path / name) for name in ("once.csv", "often.csv"))
+        assert (once["records"], often["records"]) == (120, 300)
+        assert once["figures"] == pytest.approx(often["figures"])
+
+    def test_delta_is_by_their_number(
+        self, make_config: MakeConfig, wards: Mapping[str, Any]
+    ) -> None:
+        many = self.by_person(make_config, {**wards, "records": 10**7, "persons": 10**6})
+        assert many.delta == plan(many).delta == pytest.approx(1e-9)
+        assert make_config(data={**wards, "records": 10**7, "persons": None}).delta < 1e-10
+
+    def test_by_record_it_is_said_that_they_are_not_hidden(
+        self, make_config: MakeConfig, wards: Mapping[str, Any], tmp_path: Path
+    ) -> None:
+        config = make_config(
+            data={**wards, "persons": None},
+            privacy={"mechanism": "none"},
+            evaluation={"samples": 200, "every": 0},
+        )
+        run = fedveil.simulate(config, out=tmp_path / "run")
+        assert run.metrics["privacy"]["not_claimed"] == [
+            "a patient with several records is not hidden, only each record"
+        ]
+
+    @pytest.mark.parametrize("kind", ["table", "image"])
+    def test_a_schema_that_knows_none_is_refused(
+        self, make_config: MakeConfig, wards: Mapping[str, Any], tmp_path: Path, kind: str
+    ) -> None:
+        if kind == "table":
+            bare = PATIENTS.replace('person = "patient"\n', "")
+            Path(wards["schema"]).write_text(bare, encoding="utf-8")
+        else:
+            wards = {"source": "sklearn:digits", "persons": 1000}
+        config = self.by_person(make_config, wards)
+        message = (
+            f'privacy.unit = "person": the schema of these {kind}s knows no person; '
+            + ('name the column of its key, person = "...", or ' if kind == "table" else "")
+            + 'use privacy.unit = "record"'
+        )
+        for call in (resolve, lambda c: fedveil.simulate(c, out=tmp_path / "run")):
+            with pytest.raises(ConfigError) as refused:
+                call(config)
+            assert str(refused.value) == message
+        assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from fedveil.client import app as client_module
 from fedveil.client import work
 from fedveil.client.app import client_app, understand
 from fedveil.client.evaluation import holdout_sums
-from fedveil.client.site import Budget, Site
+from fedveil.client.site import Budget, Side, Site
 from fedveil.client.training import train
 from fedveil.config import RunConfig
 from fedveil.data_prep import modality, run_schema
@@ -748,7 +748,7 @@ class TestEvaluation:
         expected = updated(ask(partial(images, 200)).answer(evaluation_of(config))).sums
         site = ask(partial(images, 200))
         records = site.site.records(config, run_schema(config))
-        poison = cast("Batch", Poison())
+        poison = cast("Side", Poison())
         monkeypatch.setattr(site.site, "_records", replace(records, training=poison, audit=poison))
         sums = updated(site.answer(evaluation_of(config))).sums
         assert site.site.failed is False
@@ -908,10 +908,10 @@ def same(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> b
 
 
 def only_without_records(work: Callable[..., Arrays], place: int) -> Callable[..., Arrays]:
-    """The same work, but it fails if the batch that is its argument there holds any record."""
+    """The same work, but it fails if the side that is its argument there holds any record."""
 
     def fail(*arguments: Any) -> Arrays:  # noqa: ANN401
-        if len(arguments[place].y):
+        if len(arguments[place].batch.y):
             raise ValueError(PLANTED)
         return work(*arguments)
 
@@ -970,6 +970,15 @@ class TestConfiguration:
         answer = site.answer(task_for(config, schema=text))
         assert refusal(answer) is Refusal.CONFIGURATION
         assert site.reads == 0
+
+    def test_persons_that_the_schema_does_not_know(self, make_config: MakeConfig, ask: Ask) -> None:
+        """Whatever a server sends: nothing would say whose records are to be hidden."""
+        config = make_config(
+            data={"persons": 900}, privacy={"mechanism": "none", "unit": "person"}
+        ).resolved()
+        site = ask()
+        assert refusal(site.answer(task_for(config))) is Refusal.CONFIGURATION
+        assert (site.reads, site.entries) == (0, 1)
 
     def test_the_site_prices_the_run_itself(self, make_config: MakeConfig, ask: Ask) -> None:
         """The server claims nothing that counts: an unreachable budget is refused unread."""
@@ -1087,8 +1096,8 @@ class TestSecrecy:
     ) -> None:
         sizes: list[int] = []
 
-        def fail(module: nn.Module, records: Batch, *arguments: object) -> Arrays:
-            sizes.append(len(records.y))
+        def fail(module: nn.Module, records: Side, *arguments: object) -> Arrays:
+            sizes.append(len(records.batch.y))
             raise kind(f"no {PLANTED}")
 
         monkeypatch.setattr(work, "train", fail)
@@ -1200,8 +1209,8 @@ class TestDataThatFailAltogether:
             privacy={"mechanism": "none"}, aggregation={"strategy": strategy}
         ).resolved()
 
-        def halfway(module: nn.Module, records: Batch, *rest: Any) -> Arrays:  # noqa: ANN401
-            if len(records.y):
+        def halfway(module: nn.Module, records: Side, *rest: Any) -> Arrays:  # noqa: ANN401
+            if len(records.batch.y):
                 with torch.no_grad():
                     for parameter in module.parameters():
                         parameter.add_(1)

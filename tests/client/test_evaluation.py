@@ -17,7 +17,7 @@ from torch import nn
 
 from fedveil.client.app import client_app
 from fedveil.client.evaluation import holdout_sums, training_sums
-from fedveil.client.site import Budget, Site, no_records
+from fedveil.client.site import Budget, Side, Site, no_records
 from fedveil.config import MechanismName, RunConfig
 from fedveil.data_prep import modality
 from fedveil.data_prep.partition import keyed_split
@@ -146,7 +146,9 @@ class TestHoldoutSums:
         self, config: RunConfig, exam: Exam, coins: Coins, mechanism: MechanismName
     ) -> None:
         module, records = model(config), encoded(persons(40), config)
-        found = holdout_sums(module, exam, records, config, SCHEMA, noisy(config, mechanism), coins)
+        found = holdout_sums(
+            module, exam, Side(records), config, SCHEMA, noisy(config, mechanism), coins
+        )
         exact = answers(family("vae"), module, exam, records, SCHEMA)
         assert list(found) == list(exact)
         assert all(np.array_equal(found[name], exact[name]) for name in exact)
@@ -158,8 +160,8 @@ class TestHoldoutSums:
         fixed = noisy(config, "local")
         for count in (0, 7):
             records = encoded(persons(9), config, np.arange(count))
-            sums = holdout_sums(model(config), exam, records, config, SCHEMA, fixed, coins)
-            trained = training_sums(model(config), records, config, fixed, coins)
+            sums = holdout_sums(model(config), exam, Side(records), config, SCHEMA, fixed, coins)
+            trained = training_sums(model(config), Side(records), config, fixed, coins)
             found = {f"holdout/{name}": array for name, array in sums.items()}
             found |= {f"training/{name}": array for name, array in trained.items()}
             expected = expected_sums(SCHEMA, fixed)
@@ -175,7 +177,7 @@ class TestHoldoutSums:
         exact = answers(family("vae"), module, exam, records, SCHEMA)
         fixed, drawn = noisy(config, "local"), []
         for _ in range(8):
-            found = holdout_sums(module, exam, records, config, SCHEMA, fixed, coins)
+            found = holdout_sums(module, exam, Side(records), config, SCHEMA, fixed, coins)
             drawn.append(residuals(found, exact))
         assert len(blocks(SCHEMA)) == 6
         only(np.concatenate(drawn), MULTIPLIER * math.sqrt(6) * 1.001)
@@ -199,7 +201,7 @@ class TestTrainingSums:
         self, config: RunConfig, coins: Coins, mechanism: MechanismName
     ) -> None:
         module, records = model(config), encoded(persons(40), config)
-        found = training_sums(module, records, config, noisy(config, mechanism), coins)
+        found = training_sums(module, Side(records), config, noisy(config, mechanism), coins)
         assert found == loss_answers(family("vae"), module, records)
         assert found["count"].tolist() == [40]
         assert np.array_equal(coins.words(4), Coins(KEY).words(4))
@@ -274,7 +276,7 @@ def paid() -> RunConfig:
         "federation": {"sites": 1, "rounds": 1},
         "data": {"source": "none.csv", "records": 600, "holdout": 0.3, "audit": 0.3},
         "model": {"family": "vae", "latent": 2, "hidden": 8},
-        "privacy": {"epsilon": 8.0, "sampling_rate": 1.0, "mechanism": "central"},
+        "privacy": {"epsilon": 8.0, "mechanism": "central", "sampling_rate": 1.0},
         "evaluation": {"training_share": 0.25},
     }
     return RunConfig.model_validate(raw).resolved()
@@ -348,3 +350,52 @@ class TestWhoIsAsked:
         assert asking.site.failed
         assert reply.sums.keys() == expected_sums(SCHEMA, plan(three_sided)).keys()
         assert not any(array.any() for array in reply.sums.values())
+
+
+class TestPersons:
+    """A person counts once: one more or less moves every block by at most one."""
+
+    OWNERS = (0, 0, 0, 0, 1, 2, 2, 3, 4, 4)
+
+    @pytest.fixture
+    def by_person(self, config: RunConfig) -> Plan:
+        return replace(noisy(config, "central"), unit="person")
+
+    def side(self, config: RunConfig, without: int | None = None) -> Side:
+        kept = [row for row, owner in enumerate(self.OWNERS) if owner != without]
+        owners = torch.tensor([self.OWNERS[row] for row in kept])
+        return Side(encoded(persons(10), config, np.array(kept)), owners)
+
+    @pytest.mark.parametrize("person", [0, 1, 2, 3, 4])
+    def test_a_person_changes_each_block_by_at_most_one(
+        self, config: RunConfig, by_person: Plan, exam: Exam, coins: Coins, person: int
+    ) -> None:
+        module = model(config)
+        sides = [self.side(config, without) for without in (None, person)]
+        held_out = [
+            holdout_sums(module, exam, side, config, SCHEMA, by_person, coins) for side in sides
+        ]
+        trained = [training_sums(module, side, config, by_person, coins) for side in sides]
+        for whole, rest in (held_out, trained):
+            moved = [np.linalg.norm(whole[name] - rest[name]) for name in whole]
+            assert max(moved) <= 1 + 1e-9
+            assert whole["count"][0] - rest["count"][0] == pytest.approx(1)
+
+    def test_they_are_counted(
+        self, config: RunConfig, by_person: Plan, exam: Exam, coins: Coins
+    ) -> None:
+        side, module = self.side(config), model(config)
+        sums = holdout_sums(module, exam, side, config, SCHEMA, by_person, coins)
+        assert sums["count"][0] == pytest.approx(5)
+        assert training_sums(module, side, config, by_person, coins)["count"][0] == pytest.approx(5)
+        by_record = replace(by_person, unit="record")
+        assert training_sums(module, side, config, by_record, coins)["count"][0] == 10
+
+    def test_records_of_nobody_are_refused(
+        self, config: RunConfig, by_person: Plan, exam: Exam, coins: Coins
+    ) -> None:
+        side, module = Side(self.side(config).batch), model(config)
+        with pytest.raises(ValueError, match="not every record has one"):
+            holdout_sums(module, exam, side, config, SCHEMA, by_person, coins)
+        with pytest.raises(ValueError, match="not every record has one"):
+            training_sums(module, side, config, by_person, coins)

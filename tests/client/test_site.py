@@ -14,14 +14,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fedveil.client.site import Budget, Records, Site, no_records
-from fedveil.config import RunConfig
+from fedveil.client.site import Budget, Records, Side, Site, no_records
+from fedveil.config import ConfigError, RunConfig, UnitName
 from fedveil.data_prep import modality, run_schema
 from fedveil.data_prep.clean import DataError
 from fedveil.data_prep.images import Images
 from fedveil.data_prep.partition import keyed_split
 from fedveil.data_prep.schema import ImageSchema, Schema, TableSchema, parse_schema
+from fedveil.models import Batch
 from fedveil.privacy.books import (
     EMPTY,
     Head,
@@ -72,9 +74,10 @@ def failing(error: Exception) -> Callable[[], Any]:
     return read
 
 
-def sizes(records: Records) -> tuple[int, int, int]:
+def sizes(records: Records) -> tuple[int, ...]:
     """How many records each side has."""
-    return len(records.training.y), len(records.holdout.y), len(records.audit.y)
+    sides = (records.training, records.holdout, records.audit)
+    return tuple(len(side.batch.y) for side in sides)
 
 
 @pytest.fixture
@@ -102,14 +105,14 @@ def test_the_sides_are_the_keyed_split(coins: Coins, budget: Budget, config: Run
     kind = modality(SCHEMA)
     encoded = kind.encode(raw, SCHEMA)
     sides = keyed_split(kind.identities(raw, SCHEMA), KEY, 0.3, 0.2)
-    for batch, rows in (
+    for side, rows in (
         (records.training, sides.training),
         (records.holdout, sides.holdout),
         (records.audit, sides.audit),
     ):
         assert len(rows)
-        assert np.array_equal(batch.x.numpy(), encoded.x[rows])
-        assert np.array_equal(batch.y.numpy(), encoded.y[rows])
+        assert np.array_equal(side.batch.x.numpy(), encoded.x[rows])
+        assert np.array_equal(side.batch.y.numpy(), encoded.y[rows])
     assert sum(sizes(records)) == 200
 
 
@@ -120,14 +123,14 @@ def test_a_record_keeps_its_side_when_others_go(
     some = modality(SCHEMA).take(raw, np.arange(0, 200, 3))
     whole, part = (site(r, coins, budget).records(config, SCHEMA) for r in (raw, some))
     for side in SIDES:
-        of_whole = {image.numpy().tobytes() for image in getattr(whole, side).x}
-        assert all(image.numpy().tobytes() in of_whole for image in getattr(part, side).x)
+        of_whole = {image.numpy().tobytes() for image in getattr(whole, side).batch.x}
+        assert all(image.numpy().tobytes() in of_whole for image in getattr(part, side).batch.x)
 
 
 def test_another_key_splits_otherwise(coins: Coins, budget: Budget, config: RunConfig) -> None:
     first = site(images(200), coins, budget).records(config, SCHEMA)
     second = site(images(200), coins, budget, key=bytes(32)).records(config, SCHEMA)
-    assert not torch.equal(first.training.y, second.training.y)
+    assert not torch.equal(first.training.batch.y, second.training.batch.y)
 
 
 def test_unusable_records_are_in_no_side(coins: Coins, budget: Budget, config: RunConfig) -> None:
@@ -220,14 +223,14 @@ def test_no_records_are_the_empty_batch_on_every_side(
     found = site(emptied, coins, budget).records(config, schema)
     width = (30,) if isinstance(schema, TableSchema) else (1, 8, 8)
     for side in SIDES:
-        for batch in (getattr(nothing, side), getattr(found, side)):
+        for batch in (getattr(nothing, side).batch, getattr(found, side).batch):
             assert (batch.x.shape, batch.x.dtype) == ((0, *width), torch.float32), side
             assert (batch.y.shape, batch.y.dtype) == ((0,), torch.int64), side
 
 
 def test_no_records_of_colour_images() -> None:
     colour = ImageSchema(height=8, width=12, channels=3, classes=("a", "b"))
-    assert no_records(colour).holdout.x.shape == (0, 3, 8, 12)
+    assert no_records(colour).holdout.batch.x.shape == (0, 3, 8, 12)
 
 
 def test_a_site_whose_records_are_all_unusable_has_none(
@@ -297,7 +300,7 @@ def split(
         }
     )
     records = site(raw, Coins(KEY), budget, key=key).records(config, schema)
-    sides = {side: getattr(records, side) for side in SIDES}
+    sides = {side: getattr(records, side).batch for side in SIDES}
     return {
         side: Counter(
             x.numpy().tobytes() + y.numpy().tobytes() for x, y in zip(*batch, strict=True)
@@ -677,3 +680,111 @@ def test_a_mark_goes_when_the_site_has_taken_part_with_its_records(
     one.succeed()
     assert not (tmp_path / "site-001.failed").exists()
     assert one.failures == 1
+
+
+# Persons.
+
+
+def of_persons(unit: str = "person", **data: Any) -> RunConfig:  # noqa: ANN401
+    """A run over persons' records; its mechanism is not asked for here."""
+    return RunConfig.model_validate(
+        {
+            "data": {
+                "source": "here", "records": 1000, "holdout": 0.3, "audit": 0.2,
+                **({"persons": 300} if unit == "person" else {}), **data,
+            },
+            "model": {"family": "vae"},
+            "privacy": {"mechanism": "central", "unit": unit},
+        }
+    )  # fmt: skip
+
+
+class TestPersons:
+    # An age is given to one person only, so that a record tells whose it is.
+    WHO = st.lists(st.integers(0, 30), max_size=60)
+
+    @staticmethod
+    def table(who: Sequence[int]) -> pl.DataFrame:
+        names = [f"person {number}" for number in who]
+        ages = [str(number) for number in who]
+        return pl.DataFrame({"age": ages, "town": ["a"] * len(who), "who": names})
+
+    @given(who=WHO, key=keys)
+    def test_each_record_has_its_person_and_a_person_one_side(
+        self, budget: Budget, who: list[int], key: bytes
+    ) -> None:
+        records = site(self.table(who), Coins(KEY), budget, key=key).records(of_persons(), PERSONS)
+        seen: list[float] = []
+        for name in SIDES:
+            side = getattr(records, name)
+            assert side.persons.dtype == torch.int64
+            assert side.persons.shape == side.batch.y.shape
+            ages = side.batch.x[:, 0].tolist()
+            numbers = side.persons.tolist()
+            assert sorted(set(numbers)) == list(range(len(set(ages))))
+            assert len(set(zip(ages, numbers, strict=True))) == len(set(ages))
+            seen += set(ages)
+        assert len(seen) == len(set(seen)) == len(set(who))
+
+    def test_a_missing_key_is_nobodys_and_its_record_is_dropped(
+        self, coins: Coins, budget: Budget
+    ) -> None:
+        """Or all such records were one large person, or each a person of its own."""
+        who = ["ann", "", None, "NA", " ", "?", "ann", "bob"]
+        raw = pl.DataFrame({"age": ["30"] * 8, "town": ["a"] * 8, "who": who})
+        records = site(raw, coins, budget).records(of_persons(holdout=0.0, audit=0.0), PERSONS)
+        assert records.training.persons is not None
+        assert records.training.persons.tolist() == [0, 0, 1]
+        assert sizes(records) == (3, 0, 0)
+
+    def test_blanks_around_a_key_do_not_make_another_person(
+        self, coins: Coins, budget: Budget
+    ) -> None:
+        raw = pl.DataFrame({"age": ["30"] * 3, "town": ["a"] * 3, "who": ["ann", " ann", "ann\t"]})
+        records = site(raw, coins, budget).records(of_persons(holdout=0.0, audit=0.0), PERSONS)
+        assert records.training.persons is not None
+        assert records.training.persons.tolist() == [0, 0, 0]
+
+    def test_they_are_known_only_where_they_are_what_is_hidden(
+        self, coins: Coins, budget: Budget
+    ) -> None:
+        one = site(self.table([1, 2, 2, 3] * 5), coins, budget)
+        for unit in ("record", "person", "record"):
+            records = one.records(of_persons(unit), PERSONS)
+            assert [getattr(records, side).persons is not None for side in SIDES] == [
+                unit == "person"
+            ] * 3
+
+    def test_a_schema_without_them_is_refused(self, coins: Coins, budget: Budget) -> None:
+        """By content, equal records would be one person, and a person's records several."""
+        with pytest.raises(ConfigError, match=r'^privacy\.unit = "person": '):
+            site(self.table([1, 2]), coins, budget).records(of_persons(), TABLE)
+
+    def test_no_records_are_of_nobody(self) -> None:
+        side = no_records(PERSONS).training
+        assert side.persons is not None
+        assert (side.persons.dtype, side.persons.shape) == (torch.int64, (0,))
+
+
+class TestSide:
+    BATCH = Batch(torch.zeros(4, 2), torch.zeros(4).long())
+
+    def test_weights_count_each_person_once(self) -> None:
+        side = Side(self.BATCH, torch.tensor([1, 0, 1, 1]))
+        weights = side.weights("person")
+        assert weights is not None
+        assert weights.tolist() == [1 / 3, 1.0, 1 / 3, 1 / 3]
+        assert torch.equal(side.groups("person"), torch.tensor([1, 0, 1, 1]))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("unit", ["record", "site"])
+    def test_of_another_unit_there_are_neither(self, unit: UnitName) -> None:
+        side = Side(self.BATCH, torch.tensor([1, 0, 1, 1]))
+        assert side.weights(unit) is None
+        assert side.groups(unit) is None
+
+    @pytest.mark.parametrize("persons", [None, torch.zeros(3).long()])
+    def test_without_its_persons_it_hides_none(self, persons: Tensor | None) -> None:
+        side = Side(self.BATCH, persons)
+        for ask in (side.groups, side.weights):
+            with pytest.raises(ValueError, match="not every record has one"):
+                ask("person")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedveil.client import training
+from fedveil.client.site import Side
 from fedveil.client.training import gradient_sum, train
 from fedveil.config import RunConfig
 from fedveil.data_prep import run_schema
@@ -34,11 +35,11 @@ class Everyone(Coins):
         return np.arange(count)
 
 
-def batch(count: int) -> Batch:
+def batch(count: int) -> Side:
     """So many images; the first ones are the same whatever the count."""
     rng = np.random.default_rng(5)
     x = rng.random((count, 1, 8, 8), dtype=np.float32)
-    return Batch(torch.from_numpy(x), torch.arange(count) % 10)
+    return Side(Batch(torch.from_numpy(x), torch.arange(count) % 10))
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ class TestGradientSum:
 
         fixed = noisy(config, "central")
         whole = batch(6)
-        chosen = Batch(whole.x[[1, 4]], whole.y[[1, 4]])
+        chosen = Side(Batch(whole.batch.x[[1, 4]], whole.batch.y[[1, 4]]))
         sampled = gradient_sum(family("vae"), module_for(config), whole, config, fixed, Some())
         direct = gradient_sum(family("vae"), module_for(config), chosen, config, fixed, Everyone())
         assert flat(sampled).tobytes() == flat(direct).tobytes()
@@ -380,3 +381,99 @@ class TestFrozen:
         assert all(array.any() for array in sent.values())
         expected = np.float64 if strategy == "adam" else np.float32
         assert all(array.dtype == expected for array in sent.values())
+
+
+class TestPersons:
+    """What is hidden is a person: sampled whole, clipped whole."""
+
+    STEPS, PERSONS, RATE = 400, 60, 0.3
+
+    @pytest.fixture
+    def by_person(self, config: RunConfig) -> Plan:
+        return replace(
+            noisy(config, "central"), unit="person", sampling_rate=self.RATE, clipping_norm=1.0
+        )
+
+    @staticmethod
+    def side(sizes: list[int]) -> Side:
+        """A record is one where its place is: the sum of such records says who was in."""
+        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        mixed = torch.randperm(len(owners), generator=torch.Generator().manual_seed(2))
+        return Side(Batch(torch.eye(len(owners)), torch.zeros(len(owners)).long()), owners[mixed])
+
+    @staticmethod
+    def summed(side: Side, config: RunConfig, fixed: Plan, coins: Coins) -> np.ndarray:
+        """The released sum of a loss whose gradient is the record itself."""
+
+        def losses(module: nn.Module, part: Batch, generator: torch.Generator) -> torch.Tensor:
+            return torch.as_tensor(module(part.x)).squeeze(1)
+
+        kind = replace(family("vae"), example_losses=losses)
+        module = nn.Linear(side.batch.x.shape[1], 1, bias=False)
+        return flat(gradient_sum(kind, module, side, config, fixed, coins))
+
+    def members(self, side: Side, config: RunConfig, fixed: Plan, steps: int) -> np.ndarray:
+        """[steps, persons] who was in; fails where some of a person's records were and some not."""
+        coins, found = Coins(bytes(range(32))), []
+        assert side.persons is not None
+        owners = side.persons.numpy()
+        for _ in range(steps):
+            there = self.summed(side, config, fixed, coins) != 0
+            counts = np.bincount(owners, there)
+            sizes = np.bincount(owners)
+            assert np.isin(counts / sizes, [0.0, 1.0]).all()
+            found.append(counts > 0)
+        return np.stack(found)
+
+    def test_persons_are_sampled_whole_and_at_the_plans_rate(
+        self, config: RunConfig, by_person: Plan
+    ) -> None:
+        """5.3 standard errors either way: a false-alarm rate of 1e-7 each, on fixed coins."""
+        sizes = [1, 2, 9] * (self.PERSONS // 3)
+        members = self.members(self.side(sizes), config, by_person, self.STEPS)
+        for chosen in (slice(0, None, 3), slice(1, None, 3), slice(2, None, 3)):
+            part = members[:, chosen]
+            spread = math.sqrt(self.RATE * (1 - self.RATE) / part.size)
+            assert abs(part.mean() - self.RATE) < 5.3 * spread
+        # Poisson: the size of a sample varies as independent coins make it, and never by a quota.
+        sizes_of = members.sum(axis=1)
+        expected = self.PERSONS * self.RATE * (1 - self.RATE)
+        assert abs(sizes_of.var() / expected - 1) < 5.3 * math.sqrt(2 / self.STEPS)
+
+    def test_the_sample_is_of_persons(self, config: RunConfig, by_person: Plan) -> None:
+        coins = Everyone()
+        self.summed(self.side([1, 2, 9]), config, by_person, coins)
+        assert coins.asked == [(3, self.RATE)]
+
+    def test_without_records_it_is_of_nobody(self, config: RunConfig, by_person: Plan) -> None:
+        coins, nobody = Everyone(), torch.zeros(0, dtype=torch.int64)
+        sides = Side(Batch(torch.zeros(0, 4), nobody), nobody)
+        assert not self.summed(sides, config, by_person, coins).any()
+        assert coins.asked == [(0, self.RATE)]
+
+    @pytest.mark.parametrize("records", [1, 3, 200])
+    def test_a_person_adds_at_most_the_clipping_norm(
+        self, config: RunConfig, by_person: Plan, records: int
+    ) -> None:
+        """In all directions alike, where each record by itself would add as much."""
+        side = self.side([5, records])
+        assert side.persons is not None
+        rows = torch.nonzero(side.persons == 0).flatten()
+        whole = self.summed(side, config, by_person, Everyone())
+        rest = self.summed(
+            Side(Batch(side.batch.x[rows], side.batch.y[rows]), side.persons[rows]),
+            config, by_person, Everyone(),
+        )  # fmt: skip
+        assert np.linalg.norm(whole - rest) == pytest.approx(1 / 1.001, rel=1e-6)
+
+    def test_where_records_are_hidden_each_adds_as_much(
+        self, config: RunConfig, by_person: Plan
+    ) -> None:
+        side, coins = self.side([5, 20]), Everyone()
+        whole = self.summed(side, config, replace(by_person, unit="record"), coins)
+        assert np.linalg.norm(whole) == pytest.approx(5 / 1.001, rel=1e-6)
+        assert coins.asked == [(25, self.RATE)]
+
+    def test_records_of_nobody_are_refused(self, config: RunConfig, by_person: Plan) -> None:
+        with pytest.raises(ValueError, match="not every record has one"):
+            train(module_for(config), batch(8), config, by_person, Everyone())

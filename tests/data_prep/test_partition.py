@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil.config import ConfigError, Data
-from fedveil.data_prep.partition import Sides, keyed_split, share_out
+from fedveil.data_prep.partition import Sides, keyed_split, persons, share_out
 
 KEY = bytes(range(16))
 OTHER_KEY = bytes(range(1, 17))
@@ -25,6 +25,24 @@ def sides_of(sides: Sides, count: int) -> list[str]:
             found[row] = name
     assert "" not in found
     return found
+
+
+# Whose record it is.
+
+
+def test_equal_keys_are_one_person_and_others_are_not() -> None:
+    found = persons([b"ann", b"bob", b"ann", b"", b"Ann", b"bob"])
+    assert found.tolist() == [0, 1, 0, 2, 3, 1]
+    assert persons([]).tolist() == []
+    assert found.dtype == persons([]).dtype == np.int64
+
+
+@given(st.lists(st.binary(max_size=3), max_size=30))
+def test_two_persons_are_never_one_whatever_bytes_end_their_keys(keys: list[bytes]) -> None:
+    found = persons([*keys, b"a", b"a\0"]).tolist()
+    assert len(set(found)) == len({*keys, b"a", b"a\0"})
+    assert found[: len(keys)] == [found[keys.index(key)] for key in keys]
+    assert set(found) == set(range(len(set(found))))
 
 
 # The keyed split.

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPClassifier
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.config import RunConfig
 from fedveil.data_prep import modality
@@ -1034,3 +1034,84 @@ class TestFloors:
             found.append(floors(sums, dict.fromkeys(sums, 2.0), exam, schema))
         for name, floor in found[1].items():
             assert 0 <= floor < found[0][name] / 3
+
+
+class TestWeights:
+    """Where persons are hidden each counts once, whatever number of records they have."""
+
+    @staticmethod
+    def weights(owners: list[int]) -> Tensor:
+        return torch.tensor([1 / owners.count(owner) for owner in owners], dtype=torch.float64)
+
+    @pytest.mark.parametrize("name", sorted(SCHEMAS))
+    @settings(max_examples=15)
+    @given(
+        owners=st.lists(st.integers(0, 5), min_size=1, max_size=25), seed=st.integers(0, 2**32 - 1)
+    )
+    def test_one_person_more_or_less_changes_each_block_by_at_most_one(
+        self, name: str, owners: list[int], seed: int
+    ) -> None:
+        schema = SCHEMAS[name]
+        rng = np.random.default_rng(seed)
+        records = some(schema, len(owners), rng)
+        if rng.random() < 0.3:  # all records of all persons alike
+            records = taken(records, [0] * len(owners))
+        exam = blank(schema)
+        kind = planted(*rng.uniform(*BOUNDS, max(1, len(schema.classes))))
+
+        def found(rows: list[int]) -> Arrays:
+            own = self.weights([owners[row] for row in rows])
+            return answers(kind, nn.Identity(), exam, taken(records, rows), schema, own)
+
+        whole = found(list(range(len(owners))))
+        rest = found([row for row, owner in enumerate(owners) if owner != owners[0]])
+        assert whole.keys() == blocks(schema).keys()
+        for block, shape in blocks(schema).items():
+            assert whole[block].shape == shape
+            assert whole[block].dtype == np.float64
+            assert np.linalg.norm(whole[block] - rest[block]) <= 1 + 1e-9, block
+        assert whole["count"][0] == pytest.approx(len(set(owners)))
+
+    def test_by_hand(self) -> None:
+        # Ann's two records are low and high, Bob's one is low; scores 1 and -3 make -1 and 1.
+        records = rows(TWO_CLASSES, height=[0.05, 0.95, 0.05], sick=["no", "yes", "no"])
+        weights = torch.tensor([0.5, 0.5, 1.0])
+        sums = answers(
+            planted(1.0, -3.0), nn.Identity(), blank(TWO_CLASSES), records, TWO_CLASSES, weights
+        )
+        assert sums["count"].tolist() == [2.0]
+        assert sums["loss"].tolist() == [-0.5 + 0.5 - 1.0]
+        heights = [1.5, *[0.0] * 8, 0.5]
+        assert sums["one_way"] * math.sqrt(2) == pytest.approx([*heights, 1.5, 0.5])
+        assert sums["two_way"].tolist() == [1.5, 0, *[0] * 16, 0, 0.5]
+        # Blank classifiers say one half, which is above all blank cuts.
+        assert sums["tstr_mlp"].sum(axis=1).tolist() == [1.5, 0.5]
+        # Ann's records have losses -1 and 3, Bob's has -1: a mean over persons of 1 and -1.
+        assert mean_loss(sums, BOUNDS) == 0.0
+
+    def test_of_many_classes_right_and_wrong_are_weighted(self) -> None:
+        # Blank classifiers always say the first class.
+        records = taken(some(THREE_CLASSES, 3, np.random.default_rng(1)), [0, 1, 2])
+        records = Batch(records.x, torch.tensor([0, 1, 0]))
+        weights = torch.tensor([0.5, 0.5, 1.0])
+        sums = answers(
+            planted(0.0, 0.0, 0.0), nn.Identity(), blank(THREE_CLASSES), records, THREE_CLASSES,
+            weights,
+        )  # fmt: skip
+        assert sums["tstr_mlp"].tolist() == [0.5, 1.5]
+
+    @pytest.mark.parametrize("name", sorted(SCHEMAS))
+    def test_weights_of_one_are_none(self, name: str) -> None:
+        schema = SCHEMAS[name]
+        records = some(schema, 20, np.random.default_rng(4))
+        kind = planted(*[0.5] * max(1, len(schema.classes)))
+        exam = blank(schema)
+        plain = answers(kind, nn.Identity(), exam, records, schema)
+        weighted = answers(kind, nn.Identity(), exam, records, schema, torch.ones(20))
+        assert all(np.array_equal(plain[block], weighted[block]) for block in plain)
+
+    @pytest.mark.parametrize("weights", [[0.5], [0.5, 1.1], [0.5, -0.1], [0.5, math.nan]])
+    def test_others_than_a_share_a_record_are_refused(self, weights: list[float]) -> None:
+        records = rows(ONE, height=[0.1, 0.2])
+        with pytest.raises(ValueError, match="2 numbers from 0 to 1"):
+            loss_answers(planted(0.0), nn.Identity(), records, torch.tensor(weights))

@@ -15,7 +15,13 @@ from fedveil.config import VaeOptions
 from fedveil.data_prep.schema import ImageSchema
 from fedveil.models import Batch, family
 from fedveil.models.layers import initialise
-from fedveil.privacy.clipping import CLIPPING_SLACK, ClippingError, Gradients, clipped_sum
+from fedveil.privacy.clipping import (
+    CLIPPING_SLACK,
+    RECORD_NORMS,
+    ClippingError,
+    Gradients,
+    clipped_sum,
+)
 
 Pair = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Pair, torch.Generator], Tensor]
@@ -334,6 +340,202 @@ class TestTheSum:
         total = clipped_sum(module, loss, batch, clipping_norm, gen(), micro_batch=64)
         exact = clipped_sum(module, loss, batch, clipping_norm, gen(), micro_batch=3)
         assert difference(total, exact) <= 1e-5 * float(flat(exact).norm())
+
+
+Grouped = tuple[Tensor, Tensor, Tensor]
+
+
+@st.composite
+def persons(draw: st.DrawFn) -> Grouped:
+    """Up to 6 persons of up to 9 records each, in any order; some of no finite gradient."""
+    scales = st.sampled_from([0.0, 1e-4, 1.0, 30.0, 1e4, 1e15, math.nan, math.inf])
+    held = draw(st.lists(st.lists(scales, min_size=1, max_size=9), min_size=1, max_size=6))
+    labels = draw(st.lists(st.integers(-(2**40), 2**40), min_size=6, max_size=6, unique=True))
+    seed = draw(st.integers(0, 2**32 - 1))
+    chosen = torch.tensor([scale for person in held for scale in person])
+    groups = torch.tensor(
+        [label for label, person in zip(labels, held, strict=False) for _ in person]
+    )
+    mixed = torch.randperm(len(chosen), generator=gen(seed))
+    x = numbers(len(chosen), 16, seed=seed) * chosen[:, None]
+    # Some persons' records all pull one way, which is when a sum is largest.
+    if draw(st.booleans()):
+        x = x.abs()
+    return x[mixed], numbers(len(chosen), seed=seed ^ 1), groups[mixed]
+
+
+def loops_by_group(module: nn.Module, loss: Loss, held: Grouped, bound: float) -> Gradients:
+    """The sum of clipped sums by plain autograd, one person at a time."""
+    x, y, groups = held
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    total = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in named.items()}
+    for label in torch.unique(groups):
+        own = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in named.items()}
+        for row in torch.nonzero(groups == label).flatten().tolist():
+            one = by_loops(module, loss, (x[row : row + 1], y[row : row + 1]), RECORD_NORMS * bound)
+            if flat(one).isfinite().all():
+                own = {n: own[n] + one[n] for n in own}
+        norm = float(flat(own).norm())
+        for name, gradient in own.items():
+            total[name] += gradient * min(1.0, bound / norm if norm else 1.0)
+    return total
+
+
+class TestOneGroup:
+    """A privacy unit of several examples: their sum is clipped, not each of them."""
+
+    @pytest.mark.parametrize("name", ["linear", "mlp", "conv", "tied"])
+    @given(
+        held=persons(),
+        which=st.integers(0, 5),
+        clipping_norm=st.sampled_from([1e-3, 1.0, 50.0]),
+        micro_batch=st.sampled_from([1, 4, 64]),
+    )
+    def test_one_group_more_or_less_changes_the_sum_by_at_most_the_clipping_norm(
+        self, name: str, held: Grouped, which: int, clipping_norm: float, micro_batch: int
+    ) -> None:
+        x, y, groups = held
+        labels = torch.unique(groups)
+        others = groups != labels[which % len(labels)]
+        module = make(name)
+
+        def total(rows: Tensor) -> Gradients:
+            return clipped_sum(
+                module,
+                squared,
+                (x[rows], y[rows]),
+                clipping_norm,
+                gen(),
+                micro_batch=micro_batch,
+                groups=groups[rows],
+            )
+
+        whole = total(torch.ones(len(x), dtype=torch.bool))
+        assert flat(whole).isfinite().all()
+        assert difference(whole, total(others)) <= clipping_norm
+
+    @pytest.mark.parametrize("count", [1, 3, 4, 5, 50])
+    def test_however_many_examples_it_has_alone_it_has_the_clipping_norm(self, count: int) -> None:
+        batch = (numbers(1, 16).repeat(count, 1), numbers(1).repeat(count))
+        groups = torch.full((count,), 7)
+        total = clipped_sum(make("mlp"), absolute, batch, 2.0, gen(), micro_batch=4, groups=groups)
+        assert float(flat(total).norm()) == pytest.approx(2.0 / 1.001, rel=1e-5)
+
+    @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 64])
+    def test_a_hand_computed_sum(self, micro_batch: int) -> None:
+        # loss = (w x - y)^2 at w = 2: gradients 2 (2x - y) x. Of group 9: 2 - 6 = -4, clipped to
+        # -3/1.001; of group -1: 10 - 8 = 2, which stays; of group 4: 0.
+        module = nn.Linear(1, 1, bias=False)
+        module.weight.data.fill_(2.0)
+        batch = (
+            torch.tensor([[1.0], [-1.0], [1.0], [1.0], [1.0]]),
+            torch.tensor([1.0, 3.0, 2.0, 5.0, 6.0]),
+        )
+        groups = torch.tensor([9, -1, 4, 9, -1])
+        total = clipped_sum(
+            module, squared, batch, 3.0, gen(), micro_batch=micro_batch, groups=groups
+        )
+        assert float(total["weight"]) == pytest.approx(2 - 3 / 1.001, rel=1e-6)
+
+    @pytest.mark.parametrize("name", sorted(MODULES))
+    @given(
+        held=persons(),
+        clipping_norm=st.sampled_from([1e-2, 1.0, 1e3]),
+        micro_batch=st.sampled_from([1, 3, 64]),
+    )
+    def test_equals_a_loop_over_persons(
+        self, name: str, held: Grouped, clipping_norm: float, micro_batch: int
+    ) -> None:
+        x, y, groups = held[0].double(), held[1].double(), held[2]
+        module = make(name).double()
+        total = clipped_sum(
+            module, squared, (x, y), clipping_norm, gen(), micro_batch=micro_batch, groups=groups
+        )
+        expected = loops_by_group(module, squared, (x, y, groups), clipping_norm / CLIPPING_SLACK)
+        scale = max(float(flat(expected).norm()), clipping_norm)
+        assert difference(total, expected) <= 1e-5 * scale
+
+    def test_groups_of_one_are_as_no_groups(self) -> None:
+        batch, module = (numbers(23, 16) * 3, numbers(23)), make("conv")
+        alone = clipped_sum(module, squared, batch, 1.0, gen(), micro_batch=8)
+        groups = torch.randperm(23, generator=gen(3))
+        grouped = clipped_sum(module, squared, batch, 1.0, gen(), micro_batch=8, groups=groups)
+        assert difference(alone, grouped) <= 1e-6
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_bad_example_is_left_out_of_its_groups_sum(self, bad: float) -> None:
+        x, y, groups = numbers(10, 16), numbers(10), torch.arange(10) // 4
+        x[5, 3] = bad
+        keep = torch.arange(10) != 5
+        module = make("mlp")
+        total = clipped_sum(module, squared, (x, y), 1.0, gen(), micro_batch=4, groups=groups)
+        rest = clipped_sum(
+            module, squared, (x[keep], y[keep]), 1.0, gen(), micro_batch=4, groups=groups[keep]
+        )
+        assert difference(total, rest) <= 1e-6
+
+    def test_without_a_bound_they_do_not_matter(self) -> None:
+        batch, module = (numbers(9, 16) * 50, numbers(9)), make("mlp")
+        plain = clipped_sum(module, squared, batch, math.inf, gen(), micro_batch=4)
+        grouped = clipped_sum(
+            module, squared, batch, math.inf, gen(), micro_batch=4, groups=torch.arange(9) % 2
+        )
+        assert all(torch.equal(plain[name], grouped[name]) for name in plain)
+
+    def test_no_records_give_zeros(self) -> None:
+        nothing = (torch.zeros(0, 16), torch.zeros(0))
+        groups = torch.zeros(0, dtype=torch.int64)
+        total = clipped_sum(make("mlp"), squared, nothing, 1.0, gen(), groups=groups)
+        assert not flat(total).any()
+
+    def test_padding_is_in_no_group(self) -> None:
+        module, batch = make("linear"), (numbers(3, 16), numbers(3))
+
+        def loss(module: nn.Module, batch: Pair, generator: torch.Generator) -> Tensor:
+            far = 1e3 * (batch[0].abs().sum(1) == 0)
+            return (torch.as_tensor(module(batch[0])).squeeze(1) - batch[1] - far).square()
+
+        sums = [
+            clipped_sum(
+                module, loss, batch, 1e6, gen(), micro_batch=size, groups=torch.zeros(3).long()
+            )
+            for size in (64, 3)
+        ]
+        assert difference(*sums) <= 1e-5 * float(flat(sums[1]).norm())
+
+    def test_last_bits_of_gradients_that_cancel_are_not_blown_up(self) -> None:
+        """Of 2000 pairs whose gradients cancel but for bits that hang on the place in the part."""
+        module = nn.Linear(2, 1, bias=False)
+        pairs = torch.arange(2000).repeat_interleave(2)
+
+        def loss(module: nn.Module, batch: Pair, generator: torch.Generator) -> Tensor:
+            # 3e-8 is what float32 may round a gradient by.
+            place = 1 + 3e-8 * (torch.arange(len(batch[0])) % 2).double()
+            return torch.as_tensor(module(batch[0])).squeeze(1) * place * batch[1]
+
+        module = module.double()
+        x = torch.ones(4000, 2, dtype=torch.float64) * 1e6
+        sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(2000)
+        whole = clipped_sum(module, loss, (x, sign), 0.01, gen(), groups=pairs)
+        # One small group before all others, which shifts the place of each.
+        more = (torch.cat([x[:1] * 1e-20, x]), torch.cat([sign[:1], sign]))
+        shifted = clipped_sum(
+            module, loss, more, 0.01, gen(), groups=torch.cat([torch.tensor([-1]), pairs])
+        )
+        # Every pair's rest has turned round: by 2000 * 2 * 3e-8 * 16 = 0.2 % of the bound in all.
+        assert 0 < difference(whole, shifted) <= 0.0025 * 0.01
+
+    @pytest.mark.parametrize(
+        "groups",
+        [torch.zeros(4).long(), torch.zeros(3), torch.zeros(3, 1).long(), torch.zeros(3).int()],
+    )
+    @pytest.mark.parametrize("clipping_norm", [1.0, math.inf])
+    def test_groups_that_are_not_one_an_example(self, groups: Tensor, clipping_norm: float) -> None:
+        with pytest.raises(ValueError, match="must be int64"):
+            clipped_sum(
+                make("mlp"), squared, (numbers(3, 16), numbers(3)), clipping_norm, gen(),
+                groups=groups,
+            )  # fmt: skip
 
 
 class TestNotFinite:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fedveil
 from fedveil.client.evaluation import holdout_sums, training_sums
-from fedveil.client.site import Budget, Site
+from fedveil.client.site import Budget, Side, Site
 from fedveil.client.training import gradient_sum, train
 from fedveil.config import RunConfig
 from fedveil.data_prep.schema import ImageSchema, parse_schema
@@ -196,8 +196,8 @@ class TestResidualUnderCentral:
         sums = tuple(
             gradient_sum(family("vae"), module, part, config, priced, coins)
             for part in (
-                Batch(records.x[:40], records.y[:40]),
-                Batch(records.x[40:], records.y[40:]),
+                Side(Batch(records.x[:40], records.y[:40])),
+                Side(Batch(records.x[40:], records.y[40:])),
             )
         )
         after = advance(state, sums, module, config, priced, Coins(KEY))
@@ -256,7 +256,7 @@ class TestResidualUnderLocal:
         generator = torch.Generator().manual_seed(1)
         module = nn.Linear(4000, 1, bias=False)
         records = Batch(torch.rand(30, 4000, generator=generator), torch.zeros(30).long())
-        released = gradient_sum(ATTENDANCE, module, records, config, used, Coins(KEY))
+        released = gradient_sum(ATTENDANCE, module, Side(records), config, used, Coins(KEY))
         exact = clipped_sum(module, attendance_losses, records, 2.0, generator)
         noise: np.ndarray = flat(released) - flat({n: g.numpy() for n, g in exact.items()})
         return noise
@@ -273,7 +273,7 @@ class TestResidualUnderLocal:
 
     def test_a_site_without_records_sends_noise_too(self, config: RunConfig) -> None:
         priced, module = plan(config), nn.Linear(4000, 1, bias=False)
-        nobody = Batch(torch.zeros(0, 4000), torch.zeros(0).long())
+        nobody = Side(Batch(torch.zeros(0, 4000), torch.zeros(0).long()))
         released = gradient_sum(ATTENDANCE, module, nobody, config, priced, Coins(KEY))
         assert has_scale(flat(released), priced.noise_multiplier * 2.0)
 
@@ -295,7 +295,7 @@ class TestResidualOfEvaluation:
 
         At the site under `local`; under `central` read off the server's noised histograms.
         """
-        module, nobody = digits_vae(config), digits_records(0)
+        module, nobody = digits_vae(config), Side(digits_records(0))
         coins = [Coins(bytes([n]) * 32) for n in range(sites)]
         found: dict[str, list[np.ndarray]] = {"holdout": [], "training": []}
         for _ in range(150):
@@ -392,7 +392,7 @@ class TestClippingIsInForce:
         self, make_config: MakeConfig, clipping_norm: float
     ) -> None:
         config = make_config(privacy={**FAST, "clipping_norm": clipping_norm})
-        one = Batch(torch.full((1, 8), 1e4), torch.zeros(1).long())
+        one = Side(Batch(torch.full((1, 8), 1e4), torch.zeros(1).long()))
         sent = gradient_sum(
             ATTENDANCE, nn.Linear(8, 1, bias=False), one, config, plan(config), Coins(KEY)
         )
@@ -441,7 +441,7 @@ class TestSampling:
     def attendance(self, config: RunConfig, coins: Coins, steps: int) -> np.ndarray:
         """[steps, records] who was in, read off the un-noised sums that `gradient_sum` returns."""
         module = nn.Linear(self.RECORDS, 1, bias=False)
-        everyone = Batch(torch.eye(self.RECORDS), torch.zeros(self.RECORDS).long())
+        everyone = Side(Batch(torch.eye(self.RECORDS), torch.zeros(self.RECORDS).long()))
         priced = plan(config)
         sums = [
             flat(gradient_sum(ATTENDANCE, module, everyone, config, priced, coins))
@@ -488,7 +488,7 @@ class TestReleases:
             privacy={"epsilon": 2.0, "sampling_rate": 0.5, "mechanism": "local"},
         )
         priced, coins = plan(config), Recorder(KEY)
-        module, records = digits_vae(config), digits_records(20)
+        module, records = digits_vae(config), Side(digits_records(20))
         for _ in range(priced.rounds):
             train(module, records, config, priced, coins)
         releases = len(coins.samples)
@@ -596,7 +596,7 @@ class TestSecrets:
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             config = make_config(federation={"seed": seed}, privacy={**FAST, "mechanism": "local"})
-            module, records = digits_vae(config), digits_records(20)
+            module, records = digits_vae(config), Side(digits_records(20))
             torch_state = torch.get_rng_state()
             numpy_state = str(np.random.get_state())  # noqa: NPY002
             kind = family("vae")
@@ -609,7 +609,7 @@ class TestSecrets:
         self, make_config: MakeConfig
     ) -> None:
         config = make_config(privacy={**FAST, "mechanism": "local"})
-        priced, records = plan(config), digits_records(20)
+        priced, records = plan(config), Side(digits_records(20))
         module = digits_vae(config)
         sums = [
             flat(gradient_sum(family("vae"), module, records, config, priced, coins))

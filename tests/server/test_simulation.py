@@ -21,6 +21,7 @@ import fedveil
 from fedveil import machine
 from fedveil.client import app as client_module
 from fedveil.client.evaluation import holdout_sums
+from fedveil.client.site import Side
 from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.schema import ImageSchema, Schema
@@ -36,7 +37,6 @@ from fedveil.flower import (
     empty_run,
 )
 from fedveil.ledgers import known_heads
-from fedveil.models import Batch
 from fedveil.models.state import read_file
 from fedveil.privacy.books import (
     Books,
@@ -480,8 +480,8 @@ class TestRuns:
     ) -> None:
         """No round comes after it whose end would tell."""
 
-        def fail(module: Any, exam: Any, records: Batch, *rest: Any) -> Any:  # noqa: ANN401
-            if len(records.y):
+        def fail(module: Any, exam: Any, records: Side, *rest: Any) -> Any:  # noqa: ANN401
+            if len(records.batch.y):
                 raise ValueError(PLANTED)
             return holdout_sums(module, exam, records, *rest)
 
@@ -678,7 +678,7 @@ def durable(home: Path, **changes: Mapping[str, Any]) -> RunConfig:
         "federation": {"sites": 2, "rounds": 1},
         "data": {"source": "sklearn:digits", "ledger": str(home), "dataset_id": "wards"},
         "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
-        "privacy": {"epsilon": 1.0, "sampling_rate": 1.0},
+        "privacy": {"epsilon": 1.0, "mechanism": "central", "sampling_rate": 1.0},
         "evaluation": {"every": 0, "samples": 128},
         "policy": {"epsilon_lifetime": 2.0, "delta_lifetime": 1e-3},
     }

@@ -1,0 +1,276 @@
+"""The self-test of the mechanism: a round's own code on a synthetic module and public records.
+
+Everything but coins is known beforehand, so that what comes out can be held against what the plan
+claims (`privacy.conformance`). Two trials go through the same code: one with the plan's own noise,
+and one with so little of it that clipping and sampling are seen sharply.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import FedveilError, RunConfig
+from ..models import Batch
+from ..models.family import Family
+from ..models.state import Arrays
+from ..privacy import vector
+from ..privacy.books import order
+from ..privacy.clipping import CLIPPING_SLACK
+from ..privacy.conformance.claim import Check, Claim, Observed, Shares
+from ..privacy.conformance.verdict import ALARM, Outcome, Verdict, judge, sizes
+from ..privacy.ledger import Ledger
+from ..privacy.limits import Lifetime
+from ..privacy.mechanism import mechanism_of
+from ..privacy.noise import Coins
+from ..privacy.plan import Plan
+from .site import Side
+from .training import clipped_update, gradient_sum
+
+STEPS = 30
+_NOISES = 120_000  # coordinates without records, over all steps: shows noise x 0.99
+# Noise multipliers of the trial of clipping and sampling, at most: few sites add an update each.
+_LITTLE, _LITTLE_OF_SITES = 0.5, 0.02
+_GAIN = 1000.0  # clipping norms that a record's gradient is long
+
+
+class ConformanceError(FedveilError):
+    """The mechanism is not what the plan claims: do not run."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the self-test found.
+
+    Attributes:
+        noise: Of the trial with the plan's own noise.
+        records: Of the trial in which clipping and sampling are seen.
+    """
+
+    noise: Verdict
+    records: Verdict
+
+    @property
+    def outcome(self) -> Outcome:
+        """Violated if either is; what noise drowns in the one, the other sees."""
+        if "violated" in {self.noise.outcome, self.records.outcome}:
+            return "violated"
+        weak = {"noise"} & {*self.noise.weak}
+        return "inconclusive" if weak or self.records.outcome != "consistent" else "consistent"
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(dict.fromkeys((*self.noise.failed, *self.records.failed)))
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """All that count: of the first trial those of the noise."""
+        of_noise = (check for check in self.noise.checks if check.conclusive)
+        others = (replace(one, name=f"{one.name}, little noise") for one in self.records.checks)
+        return (*of_noise, *others)
+
+
+def self_test(
+    config: RunConfig,
+    priced: Plan,
+    sites: int = 1,
+    make: Callable[[], Coins] = Coins.from_system,
+    alarm: float = ALARM,
+) -> Tested:
+    """Holds the installed code against a plan.
+
+    Formal guarantee: a mechanism that is as claimed is called violated with a chance of at most
+    `alarm`; of privacy beyond the claim nothing is said.
+
+    Args:
+        config: The run.
+        priced: Its plan.
+        sites: How many take part where noise is shared out: one tests its own share, all of
+            `numbers.n` the sum.
+        make: Gives each of them its coins.
+        alarm: The false-alarm rate of both trials together.
+
+    Raises:
+        ConformanceError: There is no mechanism, or its grid has less noise than was priced.
+    """
+    if priced.epsilon is None:
+        raise ConformanceError('privacy.mechanism = "none": adds no noise that could be tested')
+    most = _LITTLE_OF_SITES if priced.unit == "site" else _LITTLE
+    little = replace(priced, noise_multiplier=min(priced.noise_multiplier, most))
+    return Tested(
+        judge(*trial(config, priced, sites, make, records=False), alarm / 2),
+        judge(*trial(config, little, sites, make, records=True), alarm / 2),
+    )
+
+
+def trial(
+    config: RunConfig, priced: Plan, sites: int, make: Callable[[], Coins], *, records: bool
+) -> tuple[Observed, Claim]:
+    """One trial: what was released, and what is claimed of it.
+
+    Args:
+        config: The run.
+        priced: The plan, its noise as it is to be tried.
+        sites: See `self_test`.
+        make: Gives each site its coins.
+        records: Whether there are enough records to see clipping and sampling, or hardly any.
+
+    Raises:
+        ConformanceError: The grid has less noise than was priced.
+    """
+    claim, width = _claim(priced, sites, records=records)
+    site_coins = [make() for _ in range(claim.sites)]
+    steps = [_step(config, priced, claim, width, site_coins) for _ in range(claim.steps)]
+    shares = None
+    if claim.sites > 1:
+        shares = np.stack([own for _, own in steps], axis=1)[:, :, claim.slots :]
+    released = np.stack([total for total, _ in steps])
+    return Observed(released, _committed(priced, claim), shares), claim
+
+
+def _claim(priced: Plan, sites: int, *, records: bool) -> tuple[Claim, int]:
+    """What is claimed of a trial's releases, and how many coordinates they have."""
+    of_sites, norm = priced.unit == "site", priced.clipping_norm
+    rate = 1.0 if of_sites else priced.sampling_rate
+    per_commit = priced.releases_per_round
+    steps = per_commit * math.ceil(STEPS / per_commit)
+    sigma, clip = _multiplier(priced) * norm, norm / CLIPPING_SLACK
+    wanted = sizes(sigma, clip, rate, steps)
+    slots, each = (wanted.slots, wanted.records) if records else (1, 1)
+    width = slots + math.ceil(_NOISES / steps)
+    if of_sites:
+        sites = slots * each  # each adds one update
+    shares = Shares(sites, 1) if of_sites and sites > 1 else None
+    if priced.shares_noise:
+        block = _placed(priced, width).block
+        share, grid = block.sigma / block.scale, 1 / block.scale
+        _check_grid(priced, share, grid, width)
+        sigma = share * math.sqrt(priced.honest) if sites > 1 else share
+        shares = Shares(sites, min(sites, priced.honest), grid)
+    claim = Claim(sigma, clip, rate, slots, each, steps, 1 if of_sites else per_commit, shares)
+    return claim, width
+
+
+def _multiplier(priced: Plan) -> float:
+    return priced.update_noise if priced.unit == "site" else priced.noise_multiplier
+
+
+def _check_grid(priced: Plan, share: float, grid: float, width: int) -> None:
+    """Computed anew: the honest sites' noise is what was priced, for the sum as it is rounded."""
+    variance = priced.honest * share**2 - 9 * grid**2
+    moved = priced.clipping_norm + math.sqrt(width) * grid
+    least = _multiplier(priced) * moved
+    if not variance >= least**2:
+        raise ConformanceError(
+            f"noise on the grid = {math.sqrt(max(0.0, variance)):g}: must be at least {least:g}; "
+            "do not run, the installed code is not what was priced"
+        )
+
+
+def _placed(priced: Plan, width: int) -> vector.Placed:
+    norm, rate = priced.clipping_norm, priced.sampling_rate
+    release = vector.Release("update", width, norm, _multiplier(priced), rate, norm)
+    return vector.placed([release], priced)[0]
+
+
+def _step(
+    config: RunConfig, priced: Plan, claim: Claim, width: int, site_coins: Sequence[Coins]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One release [d], and what each site added to it, [sites, d]."""
+    own = [
+        _own(config, priced, claim, width, place, coins) for place, coins in enumerate(site_coins)
+    ]
+    hooks = mechanism_of(priced)
+    if priced.shares_noise and priced.numbers is not None:
+        placed = (_placed(priced, width),)
+        words = [
+            vector.words({"update": part}, placed, priced.numbers, coins)
+            for part, coins in zip(own, site_coins, strict=True)
+        ]
+        total = np.add.reduce(np.stack(words), axis=0, dtype=np.uint32)
+        each = [vector.reals(part, placed)["update"] for part in words]
+        return vector.reals(total, placed)["update"], np.stack(each)
+    each = [vector.flat(part) for part in own]
+    summed = {"update": np.sum(each, axis=0)}
+    released = hooks.at_server(summed, priced.noise_scale, site_coins[0])
+    return released["update"], np.stack(each)
+
+
+def _own(
+    config: RunConfig, priced: Plan, claim: Claim, width: int, place: int, coins: Coins
+) -> Arrays:
+    """What one site makes of its records before masking, through the code of a round."""
+    pulled = np.arange(claim.slots * claim.records) // claim.records
+    mine = torch.from_numpy(pulled[place :: claim.sites])
+    gain = _GAIN * priced.clipping_norm
+    if priced.unit == "site":
+        change = np.zeros(width)
+        change[mine.numpy()] = gain
+        update, _ = clipped_update({_WEIGHT: change}, priced.clipping_norm)
+        scale = priced.update_noise * priced.clipping_norm
+        return mechanism_of(priced).at_site(update, scale, coins)
+    records = Side(Batch(torch.full((len(mine), 1), gain), mine), torch.arange(len(mine)))
+    return gradient_sum(SLOTS, _Slots(width), records, config, priced, coins)
+
+
+_WEIGHT = "weights.weight"
+
+
+class _Slots(nn.Module):
+    """One weight a coordinate; a record pulls that of its slot."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weights = nn.Embedding(width, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """[B] weights of the slots y [B], times the gains x [B, 1]."""
+        pulled: Tensor = (self.weights(y) * x).squeeze(1)
+        return pulled
+
+
+def _pulls(module: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """[B] losses; the gradient of one is its gain, at its slot."""
+    del generator
+    return torch.as_tensor(module(batch.x, batch.y))
+
+
+def _no_samples(
+    module: nn.Module, n: int, generator: torch.Generator, labels: Tensor | None = None
+) -> Batch:
+    raise NotImplementedError("the self-test's module makes no records")
+
+
+SLOTS = Family(
+    build=lambda options, schema: _Slots(1),  # noqa: ARG005
+    example_losses=_pulls,
+    sample=_no_samples,
+    scores=lambda module, batch: batch.x.sum(1),  # noqa: ARG005
+    score_bounds=lambda module: (0.0, 1.0),  # noqa: ARG005
+)
+"""The synthetic family: its records are (gain, slot)."""
+
+
+def _committed(priced: Plan, claim: Claim) -> dict[str, tuple[int, ...]]:
+    """Debits the trial's releases from a ledger of its own; what that ledger then says."""
+    commits = claim.steps // claim.per_commit
+    asked = order("self-test", "", "public-records", replace(priced, rounds=commits))
+    with TemporaryDirectory(prefix="fedveil-") as folder:
+        path = Path(folder) / "ledger.sqlite"
+        Ledger.create(path, "self-test", simulated=True)
+        ledger = Ledger.open(path)
+        try:
+            for index in range(1, commits + 1):
+                ledger.debit(asked, Lifetime(None, 0.5), {}, [("rounds", index)])
+            book = ledger.read().runs["self-test"]
+        finally:
+            ledger.close()
+    made = book.made["rounds"]
+    # Indices only go up: as many as the last one says are all of them.
+    return {"self-test": tuple(range(1, made + 1)) if made == book.last["rounds"] else ()}

@@ -1,0 +1,1 @@
+"""What an auditor asks of a run; each part says what it could have seen."""

@@ -1,0 +1,124 @@
+"""Whether the installed code is the mechanism that a run was priced for, and made what it paid for.
+
+The run's own records and releases are not touched: the self-test runs a round's code anew on public
+records, with fresh coins, by the run's plan; and the ledgers are held against the run's events.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...client.self_test import Tested, self_test
+from ...config import FedveilError
+from ...ledgers import find
+from ...run import Run
+from ...server.history import History, history
+from ...wire import site_name
+from ..ledger import verify
+from ..plan import Plan, plan
+
+
+@dataclass(frozen=True)
+class Debits:
+    """What one site's ledger has of the run.
+
+    Attributes:
+        site: Its name.
+        made: Rounds committed.
+        took_part: Rounds that its part is in, by the run's events.
+        asked: The last round that the sites were asked for.
+    """
+
+    site: str
+    made: int
+    took_part: int
+    asked: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether each release that it was in was paid for, and none beyond what was asked."""
+        return self.took_part <= self.made <= self.asked
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What was found.
+
+    Attributes:
+        tested: The self-test.
+        debits: Of each ledger that the run folder has; none of a deployed run, where they stay at
+            the sites.
+    """
+
+    tested: Tested
+    debits: tuple[Debits, ...]
+
+    @property
+    def outcome(self) -> str:
+        """Consistent, violated or inconclusive."""
+        kept = all(debit.holds for debit in self.debits)
+        return self.tested.outcome if kept else "violated"
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """What did not hold."""
+        ledgers = (f"ledger of {debit.site}" for debit in self.debits if not debit.holds)
+        return (*self.tested.failed, *ledgers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: `None` for what is infinite."""
+        return {
+            "verdict": self.outcome,
+            "failed": list(self.failed),
+            "false_alarm_rate": self.tested.noise.alarm + self.tested.records.alarm,
+            "checks": [_plain(asdict(check)) for check in self.tested.checks],
+            "ledgers": [{**asdict(debit), "holds": debit.holds} for debit in self.debits],
+        }
+
+
+def audit_conformance(run: Run) -> Conformance:
+    """Tests the mechanism that a run was priced for.
+
+    Raises:
+        FedveilError: The run folder is damaged, or the run was priced otherwise than this code
+            prices it: then it says nothing about that run.
+        ConformanceError: The run has no mechanism.
+    """
+    priced = plan(run.config)
+    told = history(list(run.events()))
+    _check_price(priced, told)
+    sites = priced.numbers.n if priced.shares_noise and priced.numbers else 1
+    return Conformance(self_test(run.config, priced, sites), _debits(run, told))
+
+
+def _check_price(priced: Plan, told: History) -> None:
+    for name in ("noise_multiplier", "sampling_rate", "clipping_norm", "evaluation_noise"):
+        now, then = priced.as_dict()[name], told.privacy.get(name)
+        if now != then:
+            raise FedveilError(
+                f"events.jsonl: privacy.{name} = {then}: this code prices the run at {now}; audit "
+                "it with the versions in environment.json"
+            )
+
+
+def _debits(run: Run, told: History) -> tuple[Debits, ...]:
+    if not (run.path / "ledger").is_dir() and not run.config.data.ledger:
+        return ()
+    asked = max([one.number for one in told.rounds] + list(told.lost), default=0)
+    away: dict[str, int] = {}
+    for absence in told.absences:
+        name = site_name(absence.site)
+        away[name] = away.get(name, 0) + len(absence.rounds)
+    found = []
+    for path in find(run.path):
+        book = verify(path).books.runs.get(told.run_id)
+        took_part = len(told.rounds) - away.get(path.stem, 0)
+        made = book.made.get("rounds", 0) if book else 0
+        found.append(Debits(path.stem, made, took_part, asked))
+    return tuple(found)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    infinite = {key for key, v in values.items() if isinstance(v, float) and math.isinf(v)}
+    return {key: None if key in infinite else value for key, value in values.items()}
