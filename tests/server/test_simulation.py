@@ -19,7 +19,7 @@ import torch
 
 import fedveil
 from fedveil import machine
-from fedveil.client import app as client_module
+from fedveil.client import work
 from fedveil.client.evaluation import holdout_sums
 from fedveil.client.site import Side
 from fedveil.config import ConfigError, FedveilError, RunConfig
@@ -485,7 +485,7 @@ class TestRuns:
                 raise ValueError(PLANTED)
             return holdout_sums(module, exam, records, *rest)
 
-        monkeypatch.setattr(client_module, "holdout_sums", fail)
+        monkeypatch.setattr(work, "holdout_sums", fail)
         config = make_config(
             privacy={"mechanism": "none"}, evaluation={"every": 0, "samples": 128}
         ).resolved()
