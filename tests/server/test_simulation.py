@@ -835,7 +835,7 @@ class TestDurableLedgers:
     @pytest.mark.parametrize("content", ["", "no key", "ab" * 31, "ab" * 33])
     def test_a_damaged_key_is_refused(self, opened: Path, content: str) -> None:
         (opened / "site-001.SIMULATED-split.key").write_text(content, encoding="ascii")
-        self.refused(opened, durable(opened), UnavailableError, "site-001.*: holds no split key")
+        self.refused(opened, durable(opened), UnavailableError, "site-001.*: holds no key")
 
     def test_another_key_is_refused(self, home: Path) -> None:
         (home / "site-001.SIMULATED-split.key").write_text("ab" * 32, encoding="ascii")
