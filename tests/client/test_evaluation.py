@@ -203,9 +203,7 @@ class TestHoldoutSumsOfASite:
     def whole(config: RunConfig, units: float, *, alone: bool) -> Plan:
         """A plan for the unit `site`; in a secure sum, parts are bare."""
         numbers = None if alone else Numbers(3, 3, 3, 1)
-        return replace(
-            noisy(config, "site"), unit="site", evaluation_units=units, numbers=numbers
-        )
+        return replace(noisy(config, "site"), unit="site", evaluation_units=units, numbers=numbers)
 
     @pytest.mark.parametrize("units", [1.0, 7.5, 39.0])
     def test_it_adds_no_more_than_its_share_of_records_may(

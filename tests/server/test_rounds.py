@@ -699,7 +699,7 @@ class TestEvaluations:
             return good(node, task) if task.round else None
 
         config = evaluated_config(make_config, 2, 0)
-        with pytest.raises(RunError, match="^evaluation 1: 0 of 2 replies are usable"):
+        with pytest.raises(RunError, match=r"^evaluation 1: 0 of 2 replies are usable"):
             run(config, FakeGrid([1, 2], answer), folder)
         assert not (folder.path / "metrics.json").exists()
         # It was asked for, so it is used up: the run then ends without it.
@@ -1395,7 +1395,7 @@ class TestFullDisk:
                 return None
             return good(node, task)
 
-        with pytest.raises(RunError, match="^round 2: 0 of 2 replies are usable"):
+        with pytest.raises(RunError, match=r"^round 2: 0 of 2 replies are usable"):
             run(steady, FakeGrid([1, 2], answer), folder)
 
     def test_the_cause_is_told_where_there_is_room(
