@@ -38,6 +38,7 @@ from .shared_noise import slack
 Side = Literal["training", "holdout"]
 PartName = Literal["rounds", "evaluations", "training_figures"]
 
+_Beside = tuple[Releases, ...]
 _SCHEDULE_POINTS = 32
 # Of a round's budget, what it costs to learn how many updates were below the clipping norm.
 _INDICATOR_SHARE = 0.1
@@ -227,12 +228,10 @@ def _plan(config: RunConfig) -> Plan:
     mechanism = config.privacy.mechanism
     none, of_sites = mechanism == "none", config.unit == "site"
     numbers = _numbers(config)
-    shared = numbers is not None and mechanism in {"distributed", "site"}
-    over = _slack(config) if shared else (0.0, 0.0)
+    over = _slack(config) if numbers and mechanism in {"distributed", "site"} else (0.0, 0.0)
     price = _NO_PRICE if none else _price(config, over)
-    held_out = _NO_HOLDOUT
-    if not none and config.evaluations:
-        held_out = _price_holdout(config, over)
+    unpaid = none or not config.evaluations
+    held_out = _NO_HOLDOUT if unpaid else _price_holdout(config, over)
     training = price.schedule[-1] if price.schedule else None
     holdout = held_out.schedule[-1] if held_out.schedule and not of_sites else None
     targets = [config.privacy.epsilon] + [config.epsilon_holdout] * bool(config.evaluations)
@@ -294,8 +293,8 @@ def _numbers(config: RunConfig) -> Numbers | None:
 
 def _slack(config: RunConfig) -> tuple[float, float]:
     """Of all blocks that a run may release: updates, who was within the bound, two of figures."""
-    a_round = 2 if config.privacy.clipping == "adaptive" else 1
-    most = a_round * config.federation.rounds + 2 * config.evaluations
+    adaptive = config.privacy.clipping == "adaptive"
+    most = (1 + adaptive) * config.federation.rounds + 2 * config.evaluations
     dearest = max(config.privacy.epsilon, config.epsilon_holdout)
     try:
         over = slack(most, config.federation.sites, dearest)
@@ -357,7 +356,7 @@ def _price(config: RunConfig, slack: tuple[float, float]) -> _Price:
     )
 
 
-def _beside(config: RunConfig, delta: float) -> tuple[Releases, ...]:
+def _beside(config: RunConfig, delta: float) -> _Beside:
     """The figures that the training account pays for beside the rounds."""
     option, share = "privacy.epsilon", config.evaluation.training_share * config.privacy.epsilon
     if config.unit == "site" and config.evaluations:
@@ -366,12 +365,7 @@ def _beside(config: RunConfig, delta: float) -> tuple[Releases, ...]:
 
 
 def _calibrated(
-    option: str,
-    rate: float,
-    count: int,
-    epsilon: float,
-    delta: float,
-    beside: tuple[Releases, ...] = (),
+    option: str, rate: float, count: int, epsilon: float, delta: float, beside: _Beside = ()
 ) -> Releases:
     try:
         return calibrate(rate, count, epsilon, delta, beside)
