@@ -18,7 +18,7 @@ from torch import nn
 from fedveil.client.app import client_app
 from fedveil.client.evaluation import holdout_sums, training_sums
 from fedveil.client.site import Budget, Side, Site, no_records
-from fedveil.config import MechanismName, RunConfig
+from fedveil.config import MechanismName, Policy, RunConfig
 from fedveil.data_prep import modality
 from fedveil.data_prep.partition import keyed_split
 from fedveil.data_prep.schema import Schema, parse_schema, schema_to_json
@@ -277,7 +277,8 @@ class Asking:
         path = folder / "site.sqlite"
         Ledger.create(path, "site-001")
         budget = Budget(Ledger.open(path), "data", Lifetime(None, 0.5))
-        self.site = Site("site-001", lambda: raw, KEY, budget, Coins(KEY))
+        policy = Policy(self_test=False)
+        self.site = Site("site-001", lambda: raw, KEY, budget, Coins(KEY), policy=policy)
         self.app = client_app(lambda _: self.site)
 
     def __call__(self, task: Task) -> Update:
