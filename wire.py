@@ -248,15 +248,17 @@ def from_bytes(data: bytes) -> Update:
     pieces, rest = [], memoryview(data)
     for _ in range(1 + len(_UPDATE_ARRAYS)):
         length = int.from_bytes(rest[:8], "big")
-        pieces.append(bytes(rest[8 : 8 + length]))
-        if len(pieces[-1]) != length:
+        if len(rest) < 8 + length:
             raise WireError("sealed reply: is cut off")
+        pieces.append(bytes(rest[8 : 8 + length]))
         rest = rest[8 + length :]
+    if rest:
+        raise WireError("sealed reply: has more than an update")
     try:
         run_id, number, evaluation, count, head = json.loads(pieces[0])
         numbers = {"run-id": run_id, "round": number, "evaluation": evaluation}
         about = ConfigRecord({**numbers, "ledger-count": count, "ledger-hash": head})
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise WireError("sealed reply: expected an update") from None
     arrays, sums = (
         _decoded(piece, part) if piece else {}

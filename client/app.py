@@ -11,6 +11,7 @@ from threading import Lock
 from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
+from ..config.options import LEAST_NORM, MOST_NORM
 from ..data_prep import check_unit
 from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, Context, Message
@@ -108,13 +109,15 @@ def _answer(message: Message, context: Context, open_site: OpenSite) -> Update |
     except WireError as error:
         log.error("refused a message: %s", error)
         return Refused("", 0, 0, Refusal.CONFIGURATION)
+    run = None
     try:
         run = understand(task.config, task.schema)
         site = open_site(context)
         with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
             return _take_part(task, run, site, party)
     except Exception as error:
-        code = _code(error)
+        # What fails before anything is opened rests on what was sent.
+        code = Refusal.CONFIGURATION if run is None else _code(error)
         log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
         if not isinstance(error, (FedveilError, ValidationError)):
             log.exception("which nobody foresaw")
@@ -148,12 +151,9 @@ def _code(error: Exception) -> Refusal:
 def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> Update:
     """The site's part of a round: checked, debited and only then computed."""
     site.accept(asked_of(task, run))
+    _check_norm(task.clipping_norm, run.priced)
     if site.policy.self_test and run.priced.epsilon is not None:
         _check_conformance(run)
-    if not run.priced.adaptive and task.clipping_norm != run.priced.clipping_norm:
-        raise TermsError(
-            f"clipping_norm = {task.clipping_norm}: expected {run.priced.clipping_norm} as priced"
-        )
     opened = None
     if party is not None:
         opened = open_round(party, task, _blocks(task, run), run.priced)
@@ -170,6 +170,15 @@ def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> 
     if site.failures == failures:
         site.succeed()
     return update
+
+
+def _check_norm(asked: float, priced: Plan) -> None:
+    """The bound of a sum: the plan's or, where it adapts, one that a configuration may ask for."""
+    if not priced.adaptive and asked != priced.clipping_norm:
+        raise TermsError(f"clipping_norm = {asked}: expected {priced.clipping_norm} as priced")
+    # Written so that what is no number is refused: nothing compares with NaN.
+    if priced.adaptive and not LEAST_NORM <= asked <= MOST_NORM:
+        raise TermsError(f"clipping_norm = {asked}: expected {LEAST_NORM:g} to {MOST_NORM:g}")
 
 
 def _packed(

@@ -71,8 +71,9 @@ def train(module: nn.Module, records: Side, config: RunConfig, plan: Plan, coins
         parameter.requires_grad_(name in names)
     if not config.trains_at_sites:
         return gradient_sum(kind, module, records, config, plan, coins)
-    steps = config.training.local_steps
-    if plan.mechanism == "site":
+    steps = plan.releases_per_round
+    if plan.mechanism == "site":  # its steps are no releases
+        steps = config.training.local_steps
         plan = replace(plan, mechanism="none", clipping_norm=math.inf, noise_multiplier=0.0)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     # Its moments start anew each round: they are not the site's to carry from model to model.

@@ -16,6 +16,8 @@ Count = Annotated[int, Field(ge=1)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 MOST_SITES = 255
 """Of a secure sum: its shares of a secret are points of a field of 256."""
+LEAST_NORM, MOST_NORM = 1e-6, 1e6
+"""Between these is every clipping norm, also one that adapts."""
 
 
 class Options(BaseModel):
@@ -215,8 +217,8 @@ class Privacy(Options):
     )
     clipping_norm: float = Field(
         1.0,
-        ge=1e-6,
-        le=1e6,
+        ge=LEAST_NORM,
+        le=MOST_NORM,
         description="L2 bound of what one privacy unit adds: a gradient or, of a site, its update.",
     )
     clipping: Literal["fixed", "adaptive"] = Field(

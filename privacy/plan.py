@@ -228,9 +228,7 @@ def _plan(config: RunConfig) -> Plan:
     none, of_sites = mechanism == "none", config.unit == "site"
     numbers = _numbers(config)
     shared = numbers is not None and mechanism in {"distributed", "site"}
-    most = config.federation.rounds + 2 * config.evaluations
-    dearest = max(config.privacy.epsilon, config.epsilon_holdout)
-    over = slack(most, config.federation.sites, dearest) if shared else (0.0, 0.0)
+    over = _slack(config) if shared else (0.0, 0.0)
     price = _NO_PRICE if none else _price(config, over)
     held_out = _NO_HOLDOUT
     if not none and config.evaluations:
@@ -294,6 +292,25 @@ def _numbers(config: RunConfig) -> Numbers | None:
     return numbers
 
 
+def _slack(config: RunConfig) -> tuple[float, float]:
+    """Of all blocks that a run may release: updates, who was within the bound, two of figures."""
+    a_round = 2 if config.privacy.clipping == "adaptive" else 1
+    most = a_round * config.federation.rounds + 2 * config.evaluations
+    budgets = {"privacy.epsilon": config.privacy.epsilon}
+    budgets["privacy.epsilon_holdout"] = config.epsilon_holdout
+    option, dearest = max(budgets.items(), key=lambda budget: budget[1])
+    try:
+        over = slack(most, config.federation.sites, dearest)
+    except ValueError as error:
+        raise ConfigError(f"{option} = {dearest:g}: {error}") from None
+    if over[1] >= config.delta:
+        raise ConfigError(
+            f"{option} = {dearest:g}: noise on integers then adds {over[1]:g} to delta = "
+            f"{config.delta:g}, which is all of it; lower it"
+        )
+    return over
+
+
 def _releases_per_round(config: RunConfig) -> int:
     """A site's whole update is one; else each of its steps is."""
     return 1 if config.unit == "site" else config.training.local_steps
@@ -323,10 +340,8 @@ def _price(config: RunConfig, slack: tuple[float, float]) -> _Price:
     delta, epsilon = config.delta - slack[1], config.privacy.epsilon - slack[0]
     # A site's update is made of all its records; nothing is sampled that it could hide behind.
     rate = 1.0 if config.unit == "site" else config.sampling_rate
-    beside: tuple[Releases, ...] = ()
+    beside = _beside(config, delta)
     try:
-        if share := _share_beside(config):
-            beside = (calibrate(1.0, config.evaluations, share, delta),)
         releases = calibrate(rate, rounds * per_round, epsilon, delta, beside)
     except AccountingError as error:
         raise ConfigError(str(error)) from None
@@ -346,11 +361,17 @@ def _price(config: RunConfig, slack: tuple[float, float]) -> _Price:
     )
 
 
-def _share_beside(config: RunConfig) -> float:
-    """Epsilon of the figures that the training account pays for beside the rounds."""
-    if config.unit == "site":
-        return config.epsilon_holdout if config.evaluations else 0.0
-    return config.evaluation.training_share * config.privacy.epsilon
+def _beside(config: RunConfig, delta: float) -> tuple[Releases, ...]:
+    """The figures that the training account pays for beside the rounds."""
+    option, share = "privacy.epsilon", config.evaluation.training_share * config.privacy.epsilon
+    if config.unit == "site" and config.evaluations:
+        option, share = "privacy.epsilon_holdout", config.epsilon_holdout
+    if not share:
+        return ()
+    try:
+        return (calibrate(1.0, config.evaluations, share, delta),)
+    except AccountingError as error:
+        raise ConfigError(str(error).replace("privacy.epsilon", option)) from None
 
 
 def _price_holdout(config: RunConfig, slack: tuple[float, float]) -> _HoldoutPrice:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..config import RunConfig, StrategyName
+from ..config.options import LEAST_NORM, MOST_NORM
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -166,8 +167,7 @@ def adapted(state: ServerState, within: float, config: RunConfig) -> ServerState
         config: Says which quantile.
     """
     step = -_CLIPPING_RATE * (min(max(within, 0.0), 1.0) - config.privacy.clipping_quantile)
-    # Within what a configuration may ask for, too.
-    norm = min(max(state.clipping_norm * math.exp(step), 1e-6), 1e6)
+    norm = min(max(state.clipping_norm * math.exp(step), LEAST_NORM), MOST_NORM)
     return replace(state, clipping_norm=norm)
 
 

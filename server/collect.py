@@ -165,8 +165,9 @@ def _secure_sums(
         config.secagg.deadline,
     )
     path = folder.path / NAME
+    kept = Transcript(path)  # first of all: a crash may have torn its last message
     epoch, ledgers = taken_up(path, identities)
-    return SecureSums(grid, made, Transcript(path).keep, epoch, ledgers)
+    return SecureSums(grid, made, kept.keep, epoch, ledgers)
 
 
 @dataclass(frozen=True)

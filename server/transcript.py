@@ -14,7 +14,11 @@ NAME = "transcript.bin"
 
 
 class Transcript:
-    """A transcript that is being written."""
+    """A transcript that is being written.
+
+    The file is open for as long as a message takes: what is kept is in it, and nothing is held
+    back that another process, or a later run of this one, would find in the midst of its own.
+    """
 
     def __init__(self, path: Path) -> None:
         """Goes on with a file, behind its last whole message, or begins it.
@@ -24,8 +28,8 @@ class Transcript:
         """
         self.path = path
         try:
-            self._file: IO[bytes] = path.open("ab+")
-            self._file.truncate(_whole(self._file))
+            with path.open("ab+") as file:
+                file.truncate(_whole(file))
         except OSError as error:
             raise self._refused(error) from None
 
@@ -39,16 +43,13 @@ class Transcript:
             FedveilError: The disk refuses.
         """
         try:
-            self._file.write(framed(message))
-            if isinstance(message, Setup | Released):
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            with self.path.open("ab") as file:
+                file.write(framed(message))
+                if isinstance(message, Setup | Released):
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise self._refused(error) from None
-
-    def close(self) -> None:
-        """Lets go of the file."""
-        self._file.close()
 
     def _refused(self, error: OSError) -> FedveilError:
         return FedveilError(f"{self.path}: cannot be written ({error.strerror})")

@@ -194,7 +194,7 @@ class TestTheReaderItself:
 
     def test_it_sees_the_package(self) -> None:
         assert {"fedveil", "fedveil.cli", "fedveil.server", "fedveil.server.rounds"} <= set(SOURCES)
-        assert any(i.name == "fedveil.wire" for i in IMPORTS["fedveil.server.rounds"])
+        assert any(i.name == "fedveil.wire" for i in IMPORTS["fedveil.server.collect"])
 
 
 @pytest.mark.parametrize("module", SOURCES)

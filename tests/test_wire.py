@@ -32,13 +32,20 @@ from fedveil.wire import (
     TRAIN,
     Refusal,
     Refused,
+    Step,
     Task,
     Update,
     WireError,
+    from_bytes,
     pack,
     pack_for,
+    read_answer,
     read_reply,
+    read_step,
     read_task,
+    run_statement,
+    task_digest,
+    to_bytes,
 )
 
 PLANTED = "PATIENT-4711"
@@ -57,6 +64,13 @@ TASK = Task(
     ledger=HEAD,
 )
 UPDATE = Update("run", 3, 2, {"w": WEIGHTS}, {"s": SUMS}, HEAD)
+DASHED = {"run_id", "ledger_count", "ledger_hash"}
+RECORDS = r"^message: expected the records facts, arrays, sums, upload$"
+# What is the same for every site of a round, and what is one site's own.
+SHARED: dict[str, Any] = {
+    "clipping_norm": 0.75, "aggregator": b"a" * 32, "coordinator": b"c" * 32, "signature": b"s" * 64,
+}  # fmt: skip
+OWN: dict[str, Any] = {"opening": b"opening", "deals": b"deals \0"}
 
 identifiers = st.text(max_size=20)
 rounds = st.integers(-(2**62), 2**62)
@@ -84,8 +98,13 @@ def reply(content: RecordDict, node: int = 5) -> Message:
 
 
 def facts(**values: object) -> ConfigRecord:
-    """Facts by name, where an underscore stands for the dash."""
-    return ConfigRecord({key.replace("_", "-"): value for key, value in values.items()})  # type: ignore[misc]
+    """Facts by name, where an underscore stands for the dash, if there is one."""
+    return ConfigRecord({dashed(key): value for key, value in values.items()})  # type: ignore[misc]
+
+
+def dashed(name: str) -> str:
+    """A fact's name as it travels."""
+    return name.replace("_", "-") if name in DASHED else name
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -238,11 +257,31 @@ class TestRoundTrip:
         got = read_task(pack_for(packed, other))
         assert got.ledger == other
         assert read_task(packed).ledger == HEAD
+        assert got.digest == task_digest(packed)
         assert replace(got, ledger=HEAD, arrays={}, released={}, exam={}) == replace(
-            TASK, arrays={}, released={}, exam={}
+            TASK, arrays={}, released={}, exam={}, digest=got.digest
         )
         for part in TASK_PARTS:
             assert_same(getattr(got, part), getattr(TASK, part))
+
+    def test_all_that_a_secure_round_adds(self) -> None:
+        got = read_task(pack(replace(TASK, **SHARED, **OWN)))
+        for name, value in (SHARED | OWN).items():
+            assert getattr(got, name) == value, name
+
+    @pytest.mark.parametrize("upload", [b"", b"\0", b"masked" * 1000])
+    def test_an_upload_instead_of_arrays(self, upload: bytes) -> None:
+        got = read_reply(reply(pack(replace(UPDATE, arrays={}, sums={}, upload=upload))))
+        assert got == replace(UPDATE, arrays={}, sums={}, upload=upload)
+
+    @pytest.mark.parametrize("body", [b"", b"\0" * 9, b"words"])
+    def test_a_step_either_way(self, body: bytes) -> None:
+        assert read_step(pack(Step("run", body))) == Step("run", body)
+        assert read_answer(reply(pack(Step("run", body)))) == Step("run", body)
+
+    def test_a_refusal_of_a_step(self) -> None:
+        refused = Refused("run", 0, 0, Refusal.PROTOCOL)
+        assert read_answer(reply(pack(refused))) == refused
 
     def test_a_refusal_travels_as_a_name_only(self) -> None:
         content = pack(Refused("run", 1, 2, Refusal.BUDGET))
@@ -253,15 +292,18 @@ class TestRoundTrip:
 
     def test_what_travels_is_these_records_and_no_other(self) -> None:
         assert set(pack(TASK)) == {"facts", "arrays", "released", "exam"}
-        assert set(pack(UPDATE)) == {"facts", "arrays", "sums"}
+        assert set(pack(UPDATE)) == {"facts", "arrays", "sums", "upload"}
         numbers = {"run-id", "round", "evaluation", "ledger-count", "ledger-hash"}
-        assert set(pack(TASK)["facts"]) == numbers | {"config", "schema"}
+        own = {"clipping_norm", "aggregator", "coordinator", "signature", "opening", "deals"}
+        assert set(pack(TASK)["facts"]) == numbers | own | {"config", "schema"}
         assert set(pack(UPDATE)["facts"]) == numbers
 
 
 LEDGER_FACTS: dict[str, object] = {"ledger_count": HEAD[0], "ledger_hash": HEAD[1]}
 NUMBERS: dict[str, object] = {"run_id": "run", "round": 3, "evaluation": 2}
-TASK_FACTS: dict[str, object] = {**NUMBERS, **LEDGER_FACTS, "config": "{}", "schema": "{}"}
+TASK_FACTS: dict[str, object] = {
+    **NUMBERS, **LEDGER_FACTS, **SHARED, **OWN, "config": "{}", "schema": "{}",
+}  # fmt: skip
 REPLY_FACTS: dict[str, object] = {**NUMBERS, **LEDGER_FACTS}
 ARRAYS = pack(UPDATE)["arrays"]
 
@@ -278,11 +320,176 @@ def without(values: dict[str, object], name: str) -> dict[str, object]:
     return {key: value for key, value in values.items() if key != name}
 
 
+class TestDigest:
+    """What every site's signature is over: equal for all of a round, and of everything in it."""
+
+    def test_is_the_same_for_every_site(self) -> None:
+        packed = pack(replace(TASK, **SHARED))
+        mine, other = (
+            read_task(pack_for(packed, (number, "f" * 64), bytes([number]), b"deals"))
+            for number in (1, 2)
+        )
+        assert mine.digest == other.digest == task_digest(packed)
+        assert (mine.opening, other.opening) == (b"\1", b"\2")
+        assert (mine.deals, mine.ledger) == (b"deals", (1, "f" * 64))
+        assert len(mine.digest) == 32
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"run_id": "other"},
+            {"round": 4},
+            {"evaluation": 1},
+            {"config": "{ }"},
+            {"schema": "{ }"},
+            {"arrays": {"w": -WEIGHTS}},
+            {"arrays": {}},
+            {"released": {"w": WEIGHTS}},
+            {"exam": {}},
+            {"arrays": TASK.released, "released": TASK.arrays},
+            {"clipping_norm": 0.7500000000000001},
+            {"aggregator": b"b" * 32},
+            {"coordinator": b"d" * 32},
+            {"signature": b"t" * 64},
+            {"aggregator": SHARED["coordinator"], "coordinator": SHARED["aggregator"]},
+        ],
+        ids=lambda change: " and ".join(change),
+    )
+    def test_is_of_all_that_is_asked(self, change: dict[str, Any]) -> None:
+        asked = replace(TASK, **SHARED)
+        assert task_digest(pack(asked)) != task_digest(pack(replace(asked, **change)))
+
+    def test_of_no_task_there_is_none(self) -> None:
+        for message in (UPDATE, Refused("run", 1, 0, Refusal.FAILED), Step("run", b"")):
+            with pytest.raises(WireError):
+                task_digest(pack(message))
+
+
+class TestStatement:
+    def test_is_of_each_of_its_parts_and_of_where_they_end(self) -> None:
+        texts = [
+            ("run", "config", "schema", b"key"),
+            ("run2", "config", "schema", b"key"),
+            ("run", "2config", "schema", b"key"),
+            ("run", "config2", "schema", b"key"),
+            ("run", "config", "2schema", b"key"),
+            ("run", "config", "schema", b"kez"),
+            ("run", "config", "schemak", b"ey"),
+        ]
+        found = [run_statement(*text) for text in texts]
+        assert len(set(found)) == len(texts)
+        assert {len(statement) for statement in found} == {32}
+
+
+class TestAsBytes:
+    """What is sealed: the same update, to the bit."""
+
+    @given(identifiers, rounds, rounds, arrays, arrays, heads)
+    def test_round_trip(
+        self,
+        run_id: str,
+        number: int,
+        evaluation: int,
+        named: dict[str, np.ndarray],
+        sums: dict[str, np.ndarray],
+        head: tuple[int, str],
+    ) -> None:
+        sent = Update(run_id, number, evaluation, named, sums, head)
+        got = from_bytes(to_bytes(sent))
+        assert replace(got, arrays={}, sums={}) == replace(sent, arrays={}, sums={})
+        assert_same(got.arrays, named)
+        assert_same(got.sums, sums)
+
+    @pytest.mark.parametrize("size", range(0, len(to_bytes(UPDATE)), 7))
+    def test_what_is_cut_off_is_refused(self, size: int) -> None:
+        with pytest.raises(WireError):
+            from_bytes(to_bytes(UPDATE)[:size])
+
+    def test_so_is_what_has_more(self) -> None:
+        with pytest.raises(WireError, match=r"^sealed reply: has more than an update$"):
+            from_bytes(to_bytes(UPDATE) + b"\0")
+
+    @pytest.mark.parametrize(
+        "about",
+        [
+            b"",
+            b"{}",
+            b"null",
+            b"[1]",
+            b"\xff",
+            b'["run", 3, 2, 7]',
+            b'["run", 3, 2, 7, "' + PLANTED.encode() + b'"]',
+            b'["run", "3", 2, 0, ""]',
+            b'["run", 3, null, 0, ""]',
+            b'["run", 3, {"a": 1}, 0, ""]',
+            b"[" * 100_000,
+            b"1" * 10_000,
+        ],
+        ids=lambda about: about[:20].decode(errors="replace"),
+    )
+    def test_so_are_facts_that_are_none(self, about: bytes) -> None:
+        empty = bytes(8)
+        with pytest.raises(WireError) as caught:
+            from_bytes(len(about).to_bytes(8, "big") + about + 2 * empty)
+        assert PLANTED not in str(caught.value)
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes_give_an_update_or_our_error(self, data: bytes) -> None:
+        with suppress(WireError):
+            from_bytes(data)
+
+
+class TestMalformedStep:
+    @pytest.mark.parametrize(
+        "message", [TASK, UPDATE, Refused("run", 1, 0, Refusal.FAILED)], ids=["task", "update", "no"]
+    )
+    def test_another_message_is_none(self, message: Task | Update | Refused) -> None:
+        with pytest.raises(WireError, match=r"^message: expected the records facts, step$"):
+            read_step(pack(message))
+
+    def test_an_update_is_no_answer_to_one(self) -> None:
+        with pytest.raises(WireError, match="expected a step"):
+            read_answer(reply(pack(UPDATE)))
+
+    def test_nor_is_an_error(self) -> None:
+        message = Message(Error(5, PLANTED), reply_to=Message(RecordDict(), 5, TRAIN))
+        with pytest.raises(WireError, match=r"^Flower error 5$"):
+            read_answer(message)
+
+    def test_a_foreign_fact(self) -> None:
+        content = pack(Step("run", b"body"))
+        content["facts"] = facts(run_id="run", loss=0.5)
+        with pytest.raises(WireError, match="keys"):
+            read_step(content)
+
+    @pytest.mark.parametrize(
+        "record",
+        [
+            facts(w=1),
+            ArrayRecord({"bytes": Array("uint8", (3,), "bytes", b"four")}),
+            ArrayRecord({"bytes": Array("float32", (4,), "bytes", b"four")}),
+            ArrayRecord({"bytes": Array("uint8", (4,), "safetensors", b"four")}),
+            ArrayRecord({PLANTED: Array("uint8", (4,), "bytes", b"four")}),
+            ArrayRecord(
+                {n: Array("uint8", (4,), "bytes", b"four") for n in ("bytes", PLANTED)}
+            ),
+        ],
+        ids=["facts", "another size", "another type", "another encoding", "another name", "two"],
+    )
+    @pytest.mark.parametrize("part", ["step", "upload"])
+    def test_bytes_that_are_none(self, part: str, record: ConfigRecord | ArrayRecord) -> None:
+        content = pack(Step("run", b"four") if part == "step" else UPDATE)
+        content[part] = record
+        with pytest.raises(WireError, match=f"^{part}: expected ") as caught:
+            read_step(content) if part == "step" else read_reply(reply(content))
+        assert PLANTED not in str(caught.value)
+
+
 class TestMalformedTask:
     @pytest.mark.parametrize("name", sorted(TASK_FACTS))
     def test_missing_fact(self, name: str) -> None:
         content = with_facts(TASK, facts(**without(TASK_FACTS, name)))
-        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
+        with pytest.raises(WireError, match=f"^{dashed(name)}: expected"):
             read_task(content)
 
     @pytest.mark.parametrize(
@@ -307,11 +514,18 @@ class TestMalformedTask:
             ("ledger_hash", 7),
             ("ledger_hash", HEAD[1].encode()),
             ("ledger_hash", [HEAD[1]]),
+            ("clipping_norm", 1),
+            ("clipping_norm", "1.0"),
+            ("aggregator", "key"),
+            ("coordinator", [1]),
+            ("signature", 1.0),
+            ("opening", "opening"),
+            ("deals", True),
         ],
     )
     def test_wrong_type(self, name: str, value: object) -> None:
         content = with_facts(TASK, facts(**{**TASK_FACTS, name: value}))
-        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
+        with pytest.raises(WireError, match=f"^{dashed(name)}: expected"):
             read_task(content)
 
     @pytest.mark.parametrize("key", ["more", "refused", "epsilon", "noise-multiplier"])
@@ -358,7 +572,7 @@ class TestMalformedReply:
     @pytest.mark.parametrize("name", sorted(REPLY_FACTS))
     def test_missing_fact(self, name: str) -> None:
         content = with_facts(UPDATE, facts(**without(REPLY_FACTS, name)))
-        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
+        with pytest.raises(WireError, match=f"^{dashed(name)}: expected"):
             read_reply(reply(content))
 
     @pytest.mark.parametrize(
@@ -378,7 +592,7 @@ class TestMalformedReply:
     )
     def test_wrong_type(self, name: str, value: object) -> None:
         content = with_facts(UPDATE, facts(**{**REPLY_FACTS, name: value}))
-        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
+        with pytest.raises(WireError, match=f"^{dashed(name)}: expected"):
             read_reply(reply(content))
 
     @pytest.mark.parametrize("value", [1, b"BUDGET", True, ["BUDGET"]])
@@ -398,7 +612,7 @@ class TestMalformedReply:
     def test_update_without_arrays_or_sums(self, part: str) -> None:
         content = pack(UPDATE)
         del content[part]
-        with pytest.raises(WireError, match=r"^message: expected the records facts, arrays, sums$"):
+        with pytest.raises(WireError, match=RECORDS):
             read_reply(reply(content))
 
     @pytest.mark.parametrize("part", UPDATE_PARTS)
@@ -428,7 +642,7 @@ class TestMalformedReply:
     @pytest.mark.parametrize("name", sorted(NUMBERS))
     def test_a_refusal_without_a_number(self, name: str) -> None:
         content = RecordDict({"facts": facts(**without(NUMBERS, name), refused="BUDGET")})
-        with pytest.raises(WireError, match=f"^{name.replace('_', '-')}: expected"):
+        with pytest.raises(WireError, match=f"^{dashed(name)}: expected"):
             read_reply(reply(content))
 
     @pytest.mark.parametrize("more", [{"why": "records"}, LEDGER_FACTS])

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -33,13 +33,38 @@ _SERVER_NODE = 0
 _CLIENT_APP_RAISED = 2
 
 
-def run_local(begun: Begun, sites: Mapping[int, Site], observe: Observer) -> None:
+def alone(grid: Grid) -> Grid:
+    """Nothing stands between the server and its grid."""
+    return grid
+
+
+def run_local(
+    begun: Begun,
+    sites: Mapping[int, Site],
+    observe: Observer,
+    around: Callable[[Grid], Grid] = alone,
+) -> None:
     """Runs a federation on threads of this process; as an engine, see `simulation.run`."""
-    run_apps(begun, client_app(lambda context: sites[context.node_id]), list(sites), observe)
+    app = client_app(lambda context: sites[context.node_id])
+    run_apps(begun, app, list(sites), observe, around)
 
 
-def run_apps(begun: Begun, app: ClientApp, nodes: list[int], observe: Observer) -> None:
-    """Runs the server over any sites' app."""
+def run_apps(
+    begun: Begun,
+    app: ClientApp,
+    nodes: list[int],
+    observe: Observer,
+    around: Callable[[Grid], Grid] = alone,
+) -> None:
+    """Runs the server over any sites' app.
+
+    Args:
+        begun: The run.
+        app: Of every site.
+        nodes: The sites' nodes.
+        observe: Sees every event.
+        around: What stands between the server and its grid, such as a `RecordingGrid`.
+    """
 
     def watch(folder: RunFolder) -> Observer:
         refuse = refuse_failed(folder.path)
@@ -53,7 +78,7 @@ def run_apps(begun: Begun, app: ClientApp, nodes: list[int], observe: Observer) 
     number = int(begun.run_id, 16)
     with site_log(begun.folder / "sites" / "site.log"), local_grid(app, nodes, number) as grid:
         context = Context(number, _SERVER_NODE, {}, RecordDict(), {**begun.values})
-        server_app(watch)(grid, context)
+        server_app(watch)(around(grid), context)
 
 
 @contextmanager

@@ -251,6 +251,7 @@ def task(config: RunConfig, exam: Exam, schema: Schema = SCHEMA) -> Task:
         },
         exam=exam_to_arrays(exam),
         ledger=NO_LEDGER,
+        clipping_norm=math.inf if config.privacy.mechanism == "none" else 1.0,
     )
 
 

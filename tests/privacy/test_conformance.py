@@ -36,8 +36,10 @@ from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
 from fedveil.server.aggregation import STRATEGIES, ServerState
 from fedveil.server.evaluation import NOT_EVALUATED, evaluated, expected_sums
+from fedveil.server.replies import Collected
 from fedveil.server.rounds import advance
 from fedveil.server.simulation.sites import simulated_site
+from fedveil.wire import NO_LEDGER, Update
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -343,7 +345,7 @@ class TestResidualOfEvaluation:
                 found = evaluated(
                     NOT_EVALUATED,
                     2,
-                    [self.nothing(priced)] * sites,
+                    self.of_nothing(priced, sites),
                     self.EXAM,
                     config,
                     DIGITS,
@@ -358,9 +360,12 @@ class TestResidualOfEvaluation:
                 metrics.loss_noise_scale(priced.figures_noise): 40,
             }
 
-    def nothing(self, priced: Plan) -> dict[str, np.ndarray]:
-        """What a site without records sends under `central`."""
-        return {name: np.zeros_like(a) for name, a in expected_sums(DIGITS, priced).items()}
+    @staticmethod
+    def of_nothing(priced: Plan, sites: int) -> Collected:
+        """What sites without records send under `central`."""
+        zeros = {name: np.zeros_like(a) for name, a in expected_sums(DIGITS, priced).items()}
+        parts = (Update("run", 0, 1, {}, zeros, NO_LEDGER),) * sites
+        return Collected(parts, tuple(range(sites)), {}, {}, noises=1)
 
     def test_the_sensitivities_are_those_of_one_record(self) -> None:
         """Each block has norm 1 at most: of B blocks sqrt(B), of count and loss sqrt(2)."""

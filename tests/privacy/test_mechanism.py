@@ -4,18 +4,24 @@ The checks of scale are exact chi-squared bounds with a false-alarm rate of 1e-7
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from fedveil.config import COMPATIBILITY, MechanismName
-from fedveil.privacy.mechanism import MECHANISMS, add_noise, add_nothing
+from fedveil.config import COMPATIBILITY, MechanismName, RunConfig
+from fedveil.privacy.mechanism import MECHANISMS, SHARED, add_noise, add_nothing, mechanism_of
 from fedveil.privacy.noise import Coins
+from fedveil.privacy.plan import Plan, plan
+from fedveil.privacy.secagg.terms import Numbers
 
 KEY = bytes(range(32))
 ALARM = 1e-7
+# No noise at all, or all of it with the words of the secure sum: neither hook adds any.
+GIVEN_AS_INTEGERS = ("none", "distributed")
 
 
 def has_scale(residual: np.ndarray, scale: float) -> bool:
@@ -126,7 +132,10 @@ class TestTable:
         total = {"w": np.zeros(20_000, dtype=np.float32)}
         at_site = row.at_site(total, 0.75, Coins(KEY))
         released = row.at_server(at_site, 0.75, Coins(KEY[::-1]))["w"]
-        assert (not released.any()) if name == "none" else has_scale(released, 0.75)
+        if name in GIVEN_AS_INTEGERS:
+            assert not released.any()
+        else:
+            assert has_scale(released, 0.75)
 
     @pytest.mark.parametrize("name", sorted(MECHANISMS))
     def test_a_row_says_whether_a_sum_has_the_noise_of_each_site(self, name: MechanismName) -> None:
@@ -134,7 +143,7 @@ class TestTable:
         total = {"w": np.zeros(20_000)}
         parts = [row.at_site(total, 0.75, Coins(bytes([n]) * 32))["w"] for n in range(sites)]
         summed = row.at_server({"w": np.sum(parts, axis=0)}, 0.75, Coins(KEY))["w"]
-        if name != "none":
+        if name not in GIVEN_AS_INTEGERS:
             noises = sites if row.noise_per_site else 1
             assert has_scale(summed, 0.75 * math.sqrt(noises))
         else:
@@ -149,3 +158,27 @@ class TestTable:
         total, coins = {"w": np.arange(3.0)}, Coins(KEY)
         assert np.array_equal(add_nothing(total, 1.0, coins)["w"], total["w"])
         assert np.array_equal(coins.words(2), Coins(KEY).words(2))
+
+
+class TestInForce:
+    """Whether noise comes as a share, with the words of a secure sum, is the plan's to say."""
+
+    @pytest.fixture
+    def priced(self, make_config: Callable[..., RunConfig]) -> Plan:
+        return plan(make_config(privacy={"mechanism": "none"}))
+
+    @pytest.mark.parametrize("name", sorted(MECHANISMS))
+    def test_without_a_secure_sum_it_is_the_row(self, priced: Plan, name: MechanismName) -> None:
+        assert mechanism_of(replace(priced, mechanism=name)) is MECHANISMS[name]
+
+    @pytest.mark.parametrize("name", sorted(MECHANISMS))
+    def test_in_one_only_two_share_their_noise(self, priced: Plan, name: MechanismName) -> None:
+        summed = replace(priced, mechanism=name, numbers=Numbers(5, 4, 4, 1))
+        expected = SHARED if name in {"distributed", "site"} else MECHANISMS[name]
+        assert mechanism_of(summed) is expected
+
+    def test_a_site_by_itself_adds_all_of_it(self, priced: Plan) -> None:
+        """Nothing else would hide it: its reply is read alone."""
+        row = mechanism_of(replace(priced, mechanism="site"))
+        assert has_scale(row.at_site({"w": np.zeros(5000)}, 1.0, Coins(KEY))["w"], 1.0)
+        assert row.noise_per_site

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from fedveil.config import ConfigError, RunConfig
 from fedveil.privacy import plan as plan_module
 from fedveil.privacy.accounting import Releases, events_epsilon, pld_epsilon, pld_schedule
 from fedveil.privacy.plan import Part, Plan, plan
+from fedveil.privacy.secagg.terms import Numbers
 
 # That a library's warning reaches the user is test_accounting's to tell.
 pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")
@@ -439,3 +440,258 @@ def test_a_budget_out_of_reach_is_a_configuration_error(make_config: MakeConfig)
     config = make_config(federation={"rounds": 1}, privacy={"epsilon": 1e-6, "sampling_rate": 1.0})
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = 1e-06: cannot be reached"):
         plan(config)
+
+
+def of_sites(**sections: dict[str, Any]) -> RunConfig:
+    """A run of five sites under the unit `site`."""
+    raw: dict[str, Any] = {
+        "federation": {"sites": 5, "rounds": 8},
+        "data": {"source": "sklearn:digits"},
+        "model": {"family": "vae"},
+        "privacy": {"mechanism": "site", "epsilon": 8.0},
+    }
+    for section, options in sections.items():
+        raw[section] = raw.get(section, {}) | options
+    return RunConfig.model_validate(raw)
+
+
+class TestUnitSite:
+    """A site's records are on both sides: one account, and nothing that a sample hides."""
+
+    def test_there_is_one_account(self) -> None:
+        priced = plan(of_sites())
+        assert [(part.name, part.side) for part in priced.parts] == [
+            ("rounds", "training"), ("evaluations", "training"),
+        ]  # fmt: skip
+        assert priced.holdout_epsilon is None
+        assert priced.evaluation_schedule == ()
+        assert priced.epsilon == priced.training_epsilon
+        assert priced.target_epsilon == 8.0
+        assert priced.epsilon is not None
+        assert 0.98 * 8 < priced.epsilon <= 8
+
+    def test_which_pays_for_rounds_and_evaluations_together(self) -> None:
+        priced = plan(of_sites())
+        rounds = Releases(priced.noise_multiplier, 1.0, 8)
+        evaluations = Releases(priced.evaluation_noise, 1.0, priced.evaluations)
+        assert priced.training_epsilon is not None
+        alone = pld_epsilon(rounds, priced.delta, 1e-4)
+        both = pld_epsilon(rounds, priced.delta, 1e-4, (evaluations,))
+        assert alone + 0.05 < both <= priced.training_epsilon + 1e-12
+        # By hand: Gaussians of z each are one of (sum of z^-2)^(-1/2).
+        together = (8 / rounds.noise_multiplier**2 + 4 / evaluations.noise_multiplier**2) ** -0.5
+        assert priced.evaluations == 4
+        assert both == pytest.approx(
+            pld_epsilon(Releases(together, 1.0, 1), priced.delta, 1e-4), rel=1e-3
+        )
+        events = {part.each.event: part.count for part in priced.parts}
+        found = events_epsilon(events, priced.delta, priced.training_epsilon)
+        assert found == pytest.approx(priced.training_epsilon, rel=1e-4)
+
+    @pytest.mark.parametrize(("asked", "paid"), [(None, 0.8), (2.0, 2.0)])
+    def test_evaluations_are_a_part_of_it(self, asked: float | None, paid: float) -> None:
+        priced = plan(of_sites(privacy={"epsilon_holdout": asked}))
+        evaluations = Releases(priced.evaluation_noise, 1.0, priced.evaluations)
+        assert 0.98 * paid < pld_epsilon(evaluations, priced.delta, 1e-4) <= paid
+
+    def test_their_first_is_in_the_price_before_the_first_round(self) -> None:
+        priced = plan(of_sites())
+        each = Releases(priced.evaluation_noise, 1.0, 1)
+        for rounds in (0, 1, 5):
+            found = priced.epsilon_after(rounds, 1)
+            assert found is not None
+            trained = (Releases(priced.noise_multiplier, 1.0, rounds),) * bool(rounds)
+            assert found >= pld_epsilon(each, priced.delta, 1e-4, trained)
+        assert priced.epsilon_after(0, 0) == 0
+        assert priced.epsilon_after(8, 4) == priced.epsilon
+
+    def test_without_evaluations_all_of_it_is_the_rounds(self) -> None:
+        without, some = plan(of_sites(data={"holdout": 0.0})), plan(of_sites())
+        assert [part.name for part in without.parts] == ["rounds"]
+        assert without.noise_multiplier < some.noise_multiplier
+        rounds = Releases(without.noise_multiplier, 1.0, 8)
+        assert 0.98 * 8 < pld_epsilon(rounds, without.delta, 1e-4) <= 8
+
+    def test_what_a_site_does_by_itself_is_one_release_at_rate_1(self) -> None:
+        """Its steps and their samples hide nothing: the whole update is its own."""
+        steps = of_sites(training={"local_steps": 7}, privacy={"sampling_rate": 0.1})
+        priced = plan(steps)
+        assert priced.releases_per_round == 1
+        assert priced.sampling_rate == 0.1
+        assert priced.parts[0] == Part(
+            "rounds", "training", Releases(priced.noise_multiplier, 1.0, 1), 8
+        )
+        assert priced.schedule == plan(of_sites()).schedule
+
+    @pytest.mark.parametrize(("holdout", "units"), [(0.1, 35.94), (0.5, 179.7), (0.002, 1.0)])
+    def test_one_unit_adds_a_sites_share_of_the_held_out_records(
+        self, holdout: float, units: float
+    ) -> None:
+        # 1797 records at 5 sites; and never less than one record.
+        priced = plan(of_sites(data={"holdout": holdout}))
+        assert priced.evaluation_units == pytest.approx(units)
+
+    def test_under_other_units_it_is_one(self, make_config: MakeConfig) -> None:
+        assert plan(make_config(privacy=FEW)).evaluation_units == 1.0
+
+    def test_a_part_out_of_reach_names_its_own_option(self) -> None:
+        with pytest.raises(ConfigError, match=r"^privacy\.epsilon_holdout = 1e-07: cannot be"):
+            plan(of_sites(privacy={"epsilon_holdout": 1e-7}))
+
+
+class TestAdaptiveClipping:
+    """Andrew et al. 2021, theorem 1: z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2)."""
+
+    def test_by_hand(self) -> None:
+        priced = replace(plan(of_sites()), noise_multiplier=3.0, adaptive=True)
+        # A tenth of a round's z^-2: 2 sigma_b = 3 sqrt(10), z_delta = 3 / sqrt(0.9).
+        assert priced.indicator_noise == pytest.approx(9.486832980505138)
+        assert priced.update_noise == pytest.approx(3.1622776601683795)
+        assert priced.update_noise == pytest.approx(
+            (priced.noise_multiplier**-2 - priced.indicator_noise**-2) ** -0.5
+        )
+
+    def test_both_releases_of_a_round_cost_what_it_is_priced_for(self) -> None:
+        priced = plan(of_sites(privacy={"clipping": "adaptive"}))
+        round_price = pld_epsilon(Releases(priced.noise_multiplier, 1.0, 8), priced.delta, 1e-4)
+        update = Releases(priced.update_noise, 1.0, 8)
+        indicator = Releases(priced.indicator_noise, 1.0, 8)
+        assert pld_epsilon(update, priced.delta, 1e-4, (indicator,)) == pytest.approx(
+            round_price, rel=1e-3
+        )
+
+    def test_the_round_as_a_whole_is_priced_as_without_it(self) -> None:
+        fixed, adaptive = plan(of_sites()), plan(of_sites(privacy={"clipping": "adaptive"}))
+        assert (fixed.adaptive, adaptive.adaptive) == (False, True)
+        assert adaptive.noise_multiplier == fixed.noise_multiplier
+        assert adaptive.parts == fixed.parts
+        assert fixed.update_noise == fixed.noise_multiplier < adaptive.update_noise
+
+
+class TestSharedNoise:
+    @pytest.mark.parametrize(
+        ("numbers", "honest", "excess"),
+        [
+            (Numbers(5, 4, 4, 1), 3, math.sqrt(5 / 3)),
+            (Numbers(10, 6, 9, 1), 8, math.sqrt(10 / 8)),
+            (Numbers(10, 7, 10, 3), 7, math.sqrt(10 / 7)),
+        ],
+    )
+    def test_the_honest_sites_and_the_excess_by_hand(
+        self, numbers: Numbers, honest: int, excess: float
+    ) -> None:
+        priced = replace(plan(of_sites()), numbers=numbers)
+        assert priced.honest == honest
+        assert priced.excess == pytest.approx(excess)
+        assert priced.as_dict()["excess"] == priced.excess
+
+    def test_is_of_two_mechanisms_in_a_secure_sum_only(self, make_config: MakeConfig) -> None:
+        none = plan(make_config(privacy={"mechanism": "none"}))
+        numbers = Numbers(5, 4, 4, 1)
+        for mechanism in ("distributed", "site", "central", "local", "none"):
+            secret = replace(none, mechanism=mechanism, numbers=numbers)
+            assert secret.shares_noise == (mechanism in {"distributed", "site"}), mechanism
+            alone = replace(none, mechanism=mechanism)
+            assert not alone.shares_noise
+            assert alone.excess == 1.0
+            assert alone.honest == 1
+
+    def test_the_numbers_are_the_configurations_and_only_of_a_secure_sum(
+        self, make_config: MakeConfig
+    ) -> None:
+        distributed = make_config(
+            federation={"sites": 10},
+            privacy={**FEW, "mechanism": "distributed"},
+            secagg={"t_collude": 2, "n_min": 8},
+        )
+        # floor((10 + 2) / 2) + 1 = 7.
+        assert plan(distributed).numbers == Numbers(10, 7, 8, 2)
+        assert plan(distributed).encryption == "secagg"
+        central = plan(make_config(privacy=FEW))
+        assert (central.numbers, central.encryption) == (None, "none")
+        assert central.slack == (0.0, 0.0)
+        assert plan(make_config(privacy=FEW, aggregation={"encryption": "secagg"})).slack == (0, 0)
+
+    def test_a_price_beyond_what_integers_can_keep_is_a_configuration_error(self) -> None:
+        for epsilon in (50.0, 100.0):
+            with pytest.raises(ConfigError, match=rf"^privacy\.epsilon = {epsilon:g}: ") as caught:
+                plan(small(privacy={"epsilon": epsilon, "mechanism": "distributed"}))
+            assert "\n" not in str(caught.value)
+
+
+class TestSlack:
+    """It is far too small to be seen: here the integers cost more, to see where it goes."""
+
+    OVER = (0.25, 4e-6)
+
+    @pytest.fixture
+    def counted(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, float]]]:
+        asked: list[tuple[int, int, float]] = []
+
+        def costly(releases: int, sites: int, epsilon: float) -> tuple[float, float]:
+            asked.append((releases, sites, epsilon))
+            return self.OVER
+
+        monkeypatch.setattr(plan_module, "slack", costly)
+        plan_module._plan.cache_clear()
+        yield asked
+        plan_module._plan.cache_clear()
+
+    def test_is_inside_the_claim_of_either_account(
+        self, counted: list[tuple[int, int, float]]
+    ) -> None:
+        config = small(
+            federation={"sites": 5, "rounds": 2},
+            privacy={"epsilon": 3.0, "delta": 1e-5, "epsilon_holdout": 1.0},
+            evaluation={"every": 1},
+        )
+        priced = plan(config)
+        assert priced.slack == self.OVER
+        assert priced.as_dict()["slack"] == {"epsilon": 0.25, "delta": 4e-6}
+        left = priced.delta - self.OVER[1]
+        assert priced.delta == 1e-5
+        for releases, target, schedule in (
+            (releases_of(priced), 3.0, priced.schedule),
+            (evaluations_of(priced), 1.0, priced.evaluation_schedule),
+        ):
+            exact = pld_schedule(releases, left, [1, 2], 1e-4)
+            assert 0.98 * target < exact[-1] + 0.25 <= schedule[-1] + 1e-12 <= target + 1e-12
+            assert schedule[0] >= exact[0] + 0.25 - 1e-12
+        # Two rounds; two evaluations, of up to two blocks each.
+        assert counted == [(6, 5, 3.0)]
+
+    def test_of_one_account_is_paid_once(self, counted: list[tuple[int, int, float]]) -> None:
+        priced = plan(of_sites(privacy={"delta": 1e-5}))
+        left = priced.delta - self.OVER[1]
+        rounds = Releases(priced.noise_multiplier, 1.0, 8)
+        evaluations = Releases(priced.evaluation_noise, 1.0, 4)
+        both = pld_epsilon(rounds, left, 1e-4, (evaluations,))
+        assert priced.epsilon is not None
+        assert 0.98 * 8 < both + 0.25 <= priced.epsilon + 1e-12 <= 8 + 1e-12
+        assert 0.98 * 0.8 < pld_epsilon(evaluations, left, 1e-4) <= 0.8
+        assert counted == [(16, 5, 8.0)]
+
+    def test_a_norm_that_adapts_is_another_block_a_round(
+        self, counted: list[tuple[int, int, float]]
+    ) -> None:
+        plan(of_sites(privacy={"clipping": "adaptive"}))
+        # Eight updates, eight numbers of those within, four evaluations of up to two.
+        assert counted == [(24, 5, 8.0)]
+
+    def test_without_shared_noise_there_is_none(
+        self, counted: list[tuple[int, int, float]], make_config: MakeConfig
+    ) -> None:
+        for config in (
+            make_config(privacy=FEW, aggregation={"encryption": "secagg"}),
+            make_config(privacy={**FEW, "mechanism": "local"}),
+            of_sites(aggregation={"encryption": "none"}),
+        ):
+            assert plan(config).slack == (0.0, 0.0)
+        assert counted == []
+
+    def test_more_than_the_whole_delta_is_refused(
+        self, counted: list[tuple[int, int, float]]
+    ) -> None:
+        with pytest.raises(ConfigError, match="noise on integers then adds 4e-06 to delta = 1e-06"):
+            plan(of_sites(privacy={"delta": 1e-6}))
+        assert counted

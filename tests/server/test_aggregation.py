@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from fedveil.config import COMPATIBILITY, RunConfig
-from fedveil.server.aggregation import STRATEGIES, ServerState, mean, median, scaled, summed
+from fedveil.server.aggregation import (
+    STRATEGIES,
+    ServerState,
+    adapted,
+    init_plain,
+    mean,
+    median,
+    scaled,
+    summed,
+)
 
 MakeConfig = Callable[..., RunConfig]
 Arrays = Mapping[str, np.ndarray]
@@ -230,35 +239,43 @@ class TestAverage:
         assert [float(s.model["w"][0]) for s in states] == [10, 9, 8, 7]
 
 
-def test_fedavg_takes_the_mean_of_the_models(configured: Callable[..., RunConfig]) -> None:
-    means: list[Any] = [{"w": vector(4, 6)}, {"w": vector(1, 1)}]
-    states = steps(configured("fedavg", ema=0.9), {"w": vector(0, 0)}, means)
-    assert states[1].model["w"].tolist() == [4, 6]
-    assert states[1].average["w"].tolist() == [4, 6]
-    assert states[2].model["w"].tolist() == [1, 1]
+def test_fedavg_takes_the_mean_change(configured: Callable[..., RunConfig]) -> None:
+    changes: list[Any] = [{"w": vector(4, 6)}, {"w": vector(-3, -5)}]
+    states = steps(configured("fedavg", ema=0.9), {"w": vector(10, 20)}, changes)
+    assert states[1].model["w"].tolist() == [14, 26]
+    assert states[1].average["w"].tolist() == [14, 26]
+    assert states[2].model["w"].tolist() == [11, 21]
+    assert states[2].model["w"].dtype == np.float32
+
+
+def test_what_is_not_sent_stays(configured: Callable[..., RunConfig]) -> None:
+    model = {"w": vector(1), "frozen": vector(5)}
+    for strategy in ("fedavg", "fedadam"):
+        after = steps(configured(strategy), model, [{"w": vector(2)}])[1].model
+        assert after["frozen"].tolist() == [5]
+        assert after["w"].tolist() != [1]
 
 
 def test_fedprox_takes_it_too_for_the_pull_is_the_sites(
     configured: Callable[..., RunConfig],
 ) -> None:
-    states = steps(configured("fedprox", ema=0.9), {"w": vector(0, 0)}, [{"w": vector(4, 6)}])
-    assert states[1].model["w"].tolist() == states[1].average["w"].tolist() == [4, 6]
+    states = steps(configured("fedprox", ema=0.9), {"w": vector(1, 2)}, [{"w": vector(4, 6)}])
+    assert states[1].model["w"].tolist() == states[1].average["w"].tolist() == [5, 8]
 
 
 class TestFedAdam:
     """Reddi et al. 2021, algorithm 2, with beta 0.9 and 0.99, tau 1e-3, here at rate 0.01."""
 
     def test_the_first_step_by_hand(self, configured: Callable[..., RunConfig]) -> None:
-        # From 1 to a mean of 3: change 2, first 0.2, second 0.99e-6 + 0.04, root 0.2000025.
-        states = steps(configured("fedadam"), {"w": vector(1)}, [{"w": vector(3)}])
+        # A mean change of 2: first 0.2, second 0.99e-6 + 0.04, root 0.2000025.
+        states = steps(configured("fedadam"), {"w": vector(1)}, [{"w": vector(2)}])
         expected = 1 + 0.01 * 0.2 / (math.sqrt(0.99e-6 + 0.04) + 1e-3)
         assert float(states[1].model["w"][0]) == pytest.approx(expected, rel=1e-6)
         assert float(states[1].model["w"][0]) == pytest.approx(1.00995, abs=1e-6)
 
     def test_the_second_step_by_hand(self, configured: Callable[..., RunConfig]) -> None:
-        # The sites' mean is the server's model and 2 more, twice.
-        means = [{"w": vector(3)}, {"w": vector(3.00995)}]
-        states = steps(configured("fedadam"), {"w": vector(1)}, means)
+        # The sites' mean change is 2, twice.
+        states = steps(configured("fedadam"), {"w": vector(1)}, [{"w": vector(2)}] * 2)
         first = 0.9 * 0.2 + 0.1 * 2
         second = 0.99 * (0.99e-6 + 0.04) + 0.01 * 4
         step = 0.01 * first / (math.sqrt(second) + 1e-3)
@@ -266,7 +283,7 @@ class TestFedAdam:
         assert moved == pytest.approx(step, rel=1e-4)
 
     def test_without_a_change_the_model_stays(self, configured: Callable[..., RunConfig]) -> None:
-        states = steps(configured("fedadam"), {"w": vector(5)}, [{"w": vector(5)}])
+        states = steps(configured("fedadam"), {"w": vector(5)}, [{"w": vector(0)}])
         assert states[1].model["w"].tolist() == [5]
 
     def test_a_small_change_makes_a_small_step(self, configured: Callable[..., RunConfig]) -> None:
@@ -276,7 +293,7 @@ class TestFedAdam:
         assert float(states[1].model["w"][0]) == pytest.approx(expected, rel=1e-4)
 
     def test_what_is_released_is_the_average(self, configured: Callable[..., RunConfig]) -> None:
-        states = steps(configured("fedadam", ema=0.9), {"w": vector(1)}, [{"w": vector(3)}])
+        states = steps(configured("fedadam", ema=0.9), {"w": vector(1)}, [{"w": vector(2)}])
         moved = float(states[1].model["w"][0])
         assert float(states[1].average["w"][0]) == pytest.approx(0.1 * 1 + 0.9 * moved, rel=1e-6)
 
@@ -306,3 +323,44 @@ class TestCombining:
 
     def test_only_the_median_strategy_takes_it(self) -> None:
         assert {n for n, s in STRATEGIES.items() if s.combine is median} == {"median"}
+
+
+class TestAdapted:
+    """Andrew et al. 2021, algorithm 1, with eta_C = 0.2: C exp(-0.2 (b - gamma))."""
+
+    @staticmethod
+    def norm(make_config: MakeConfig, norm: float, within: float, quantile: float = 0.5) -> float:
+        config = make_config(
+            privacy={
+                "mechanism": "site",
+                "clipping": "adaptive",
+                "clipping_quantile": quantile,
+                "epsilon": 8.0,
+            },
+            aggregation={"encryption": "none"},
+        )
+        state = replace(init_plain({"w": vector(1)}), clipping_norm=norm)
+        after = adapted(state, within, config)
+        assert after.model is state.model
+        return after.clipping_norm
+
+    def test_by_hand(self, make_config: MakeConfig) -> None:
+        # All updates were within: exp(-0.2 * 0.5). None was: exp(0.1). A quarter of 0.8 too few.
+        assert self.norm(make_config, 2.0, 1.0) == pytest.approx(2 * 0.904837418)
+        assert self.norm(make_config, 2.0, 0.0) == pytest.approx(2 * 1.105170918)
+        assert self.norm(make_config, 1.0, 0.6, quantile=0.8) == pytest.approx(1.040810774)
+
+    def test_at_the_quantile_it_stays(self, make_config: MakeConfig) -> None:
+        assert self.norm(make_config, 0.3, 0.5) == 0.3
+        assert self.norm(make_config, 0.3, 0.9, quantile=0.9) == 0.3
+
+    @pytest.mark.parametrize("wild", [1.5, 40.0, math.inf])
+    def test_a_share_that_noise_drove_out_of_0_to_1_counts_as_its_end(
+        self, make_config: MakeConfig, wild: float
+    ) -> None:
+        assert self.norm(make_config, 1.0, wild) == self.norm(make_config, 1.0, 1.0)
+        assert self.norm(make_config, 1.0, -wild) == self.norm(make_config, 1.0, 0.0)
+
+    def test_it_ends_where_a_configuration_does(self, make_config: MakeConfig) -> None:
+        assert self.norm(make_config, 1.05e-6, 1.0) == 1e-6
+        assert self.norm(make_config, 0.99e6, 0.0) == 1e6

@@ -5,7 +5,7 @@ The checks of scale are exact chi-squared bounds with a false-alarm rate of 1e-7
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -32,11 +32,14 @@ from fedveil.server.evaluation import (
     expected_sums,
     questions,
 )
+from fedveil.server.replies import Collected
+from fedveil.wire import NO_LEDGER, Update
 
 MakeConfig = Callable[..., RunConfig]
 KEY = bytes(range(32))
 ALARM = 1e-7
 MULTIPLIER, FIGURES = 1.5, 0.6
+EXACT: Mapping[str, float] = {}
 
 
 class Noted(Coins):
@@ -107,16 +110,33 @@ def some_sums(config: RunConfig, fixed: Plan, count: int = 50, seed: int = 1) ->
     return found
 
 
+def collected(
+    fixed: Plan, parts: Sequence[Mapping[str, np.ndarray]], rounding: Mapping[str, float] = EXACT
+) -> Collected:
+    """What the sites sent: under `local` each with its own noise in it, else with one in all."""
+    sites = tuple(range(1, len(parts) + 1))
+    return Collected(
+        parts=tuple(Update("run", 0, 1, {}, part, NO_LEDGER) for part in parts),
+        sites=sites,
+        dropped={},
+        ledgers=dict.fromkeys(sites, NO_LEDGER),
+        noises=len(sites) if fixed.mechanism == "local" else 1,
+        rounding=rounding,
+    )
+
+
 def after(
     config: RunConfig,
     fixed: Plan,
     *parts: Mapping[str, np.ndarray],
     before: Evaluated = NOT_EVALUATED,
     coins: Coins | None = None,
+    rounding: Mapping[str, float] = EXACT,
 ) -> Evaluated:
     """What is known after one more evaluation, of the model of round 7."""
     exam, schema = asked(config), run_schema(config)
-    return evaluated(before, 7, parts, exam, config, schema, fixed, coins or Noted())
+    found = collected(fixed, parts, rounding)
+    return evaluated(before, 7, found, exam, config, schema, fixed, coins or Noted())
 
 
 def has_scale(residual: np.ndarray, scale: float) -> bool:
@@ -210,6 +230,29 @@ class TestNoise:
         assert coins.asked == [*held_out, *[((1,), loss_noise_scale(FIGURES))] * 2]
         assert noise_scale(MULTIPLIER, schema) == pytest.approx(MULTIPLIER * math.sqrt(6) * 1.001)
 
+    def test_under_central_grows_with_what_rounding_adds_to_the_sensitivity(
+        self, config: RunConfig
+    ) -> None:
+        """A secure sum's words are rounded: the trusted server's noise covers that as well."""
+        fixed, coins, schema = noisy(config, "central"), Noted(), run_schema(config)
+        rounding = {"holdout": 1.25, "training": 1.5}
+        after(config, fixed, some_sums(config, fixed), coins=coins, rounding=rounding)
+        assert [scale for _, scale in coins.asked] == [
+            *[1.25 * noise_scale(MULTIPLIER, schema)] * 6,
+            *[1.5 * loss_noise_scale(FIGURES)] * 2,
+        ]
+
+    def test_of_a_site_is_as_many_times_that_of_a_record_as_it_may_have_of_them(
+        self, config: RunConfig
+    ) -> None:
+        fixed = replace(noisy(config, "central", figures=0.0), evaluation_units=7.0)
+        coins, schema = Noted(), run_schema(config)
+        after(config, fixed, some_sums(config, fixed), coins=coins)
+        assert {scale for _, scale in coins.asked} == {noise_scale(7 * MULTIPLIER, schema)}
+        assert noise_scale(7 * MULTIPLIER, schema) == pytest.approx(
+            7 * MULTIPLIER * math.sqrt(6) * 1.001
+        )
+
     @pytest.mark.parametrize("sites", [1, 5])
     def test_under_central_has_that_scale(self, config: RunConfig, sites: int) -> None:
         """Of the 902 numbers whose noised sums are kept."""
@@ -283,7 +326,8 @@ def share_of_b(fixed: Plan, counts: list[tuple[float, float]], config: RunConfig
             "holdout/one_way": np.array([500.0 - b, b]),
             "holdout/tstr_mlp": np.full((2, 12), 500 / 24),
         }
-        found = evaluated(found, 7, [part] * int(sites), exam, config, TWO, fixed, Noted())
+        sent = collected(fixed, [part] * int(sites))
+        found = evaluated(found, 7, sent, exam, config, TWO, fixed, Noted())
     return found
 
 

@@ -464,6 +464,7 @@ def state(number: int) -> ServerState:
         average={"a.weight": special / 2, "b": matrix.T.copy().T},
         first={"b": matrix + 1},
         second={"b": matrix + 2, "empty": np.zeros((0, 4), dtype=np.float32)},
+        clipping_norm=0.1 + number,
     )
 
 

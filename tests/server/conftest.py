@@ -1,0 +1,236 @@
+"""A federation in one process whose every message and vector a test may look at, lose or alter."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedveil.client import secure as client_secure
+from fedveil.client.app import client_app
+from fedveil.client.site import Site
+from fedveil.config import RunConfig
+from fedveil.data_prep import run_schema
+from fedveil.flower import Message
+from fedveil.models import family
+from fedveil.models.layers import initialise
+from fedveil.models.metrics import exam_to_arrays
+from fedveil.models.state import to_arrays
+from fedveil.privacy import vector
+from fedveil.privacy.noise import Coins
+from fedveil.privacy.plan import plan
+from fedveil.server.collect import open_channel
+from fedveil.server.evaluation import questions
+from fedveil.server.replies import Collected
+from fedveil.server.secure import Sum
+from fedveil.server.simulation.local import local_grid
+from fedveil.server.simulation.recorder import Alter, Crossing, RecordingGrid, passed_on
+from fedveil.server.simulation.sites import load_shards, pin_identities, simulated_site
+from fedveil.server.store import RunFolder
+from fedveil.wire import Task
+
+RUN = f"{7:016x}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A site's vector before it was masked: with its noise, and without."""
+
+    noised: np.ndarray
+    clear: np.ndarray
+
+
+class World:
+    """Sites, and a server's channel to them over a recorded grid; rounds are asked for one by one.
+
+    Attributes:
+        alter: What happens to each message on its way; a test changes it as it goes.
+        made: Each vector that a site made, by site, in order.
+        sums: Each sum that the server got, as it got it.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        stack: ExitStack,
+        entropy: Callable[[int], Coins] | None,
+        change: Callable[[Any], Any],
+    ) -> None:
+        self.config, self.folder, self._entropy = config.resolved(), folder, entropy
+        self.schema, self.plan = run_schema(self.config), plan(self.config)
+        self.alter: Alter = passed_on
+        self.made: dict[int, list[Made]] = {}
+        self.sums: list[Sum] = []
+        self._local = threading.local()
+        folder.mkdir(parents=True, exist_ok=True)
+        RunFolder(folder).describe(self.config, self.schema)
+        self._shards = load_shards(self.config, self.schema)
+        self._change = change
+        pin_identities(self.config.federation.sites, folder)
+        self.sites: dict[int, Site] = {}
+        for number in range(1, self.config.federation.sites + 1):
+            self.start(number)
+        stack.callback(lambda: [site.close() for site in self.sites.values()])
+        app = client_app(lambda context: self.sites[context.node_id])
+        inner = stack.enter_context(local_grid(app, list(self.sites), int(RUN, 16)))
+        self.grid = RecordingGrid(inner, lambda crossing: self.alter(crossing))
+        kind = family(self.config.model.family)
+        self.module = kind.build(self.config.model, self.schema)
+        initialise(self.module, torch.Generator().manual_seed(0))
+        self.model = to_arrays(self.module)
+        self.channel = self.open()
+
+    def start(self, number: int) -> None:
+        """A site's process begins, on the files that it may have left."""
+        if number in self.sites:
+            self.sites[number].close()
+        raw, records = self._shards.parts[number - 1], self._shards.report.records
+        site = simulated_site(number, self._change(raw), self.folder, self.config, records)
+        site.coins = Coins(bytes([number]) * 32)
+        self.sites[number] = site
+
+    def open(self) -> Any:  # noqa: ANN401
+        """The server's process begins, on the files that it may have left."""
+        parameters = to_arrays(self.module, family(self.config.model.family).trainable(self.module))
+        nodes = {number: number for number in self.sites}
+        channel = open_channel(
+            self.grid,
+            nodes,
+            self.config,
+            self.schema,
+            self.plan,
+            RUN,
+            parameters,
+            RunFolder(self.folder),
+        )
+        if channel.secure is not None:
+            collect = channel.secure.collect
+
+            def kept(*arguments: Any) -> Sum:
+                self.sums.append(collect(*arguments))
+                return self.sums[-1]
+
+            channel.secure.collect = kept  # type: ignore[method-assign]
+        self.channel = channel
+        return channel
+
+    def task(self, number: int, evaluation: int = 0, **changes: Any) -> Task:  # noqa: ANN401
+        """What a round or an evaluation asks for; the model is the same in each."""
+        exam = questions(self.model, self.config, self.schema) if evaluation else None
+        values = {
+            "round": number,
+            "evaluation": evaluation,
+            "arrays": self.model if number else {},
+            "released": self.model if exam else {},
+            "exam": exam_to_arrays(exam) if exam else {},
+        }
+        return replace(self.channel.question(self.plan.clipping_norm), **(values | changes))
+
+    def ask(
+        self,
+        number: int,
+        evaluation: int = 0,
+        ledgers: Mapping[int, tuple[int, str]] | None = None,
+        **changes: Any,  # noqa: ANN401
+    ) -> Collected:
+        """One round."""
+        found: Collected = self.channel.ask(self.task(number, evaluation, **changes), ledgers or {})
+        return found
+
+    def plain_sum(self, sites: tuple[int, ...], *, noised: bool = True) -> np.ndarray:
+        """The sum of the last vectors of some sites modulo 2^32, in Python's own integers."""
+        last = [self.made[site][-1] for site in sites]
+        vectors = [(one.noised if noised else one.clear).tolist() for one in last]
+        return np.array([sum(c) % 2**32 for c in zip(*vectors, strict=True)], dtype=np.uint32)
+
+    def check_sum(self, *sites: int) -> None:
+        """The last sum is that of these sites' vectors, to the bit."""
+        found = self.sums[-1]
+        assert found.sites == sites
+        assert np.array_equal(found.total, self.plain_sum(sites))
+
+    def entries(self, number: int) -> dict[str, int]:
+        """How many releases of each part a site's ledger has committed for the run."""
+        books = self.sites[number]._budget.ledger.read()
+        return dict(books.runs[RUN].made) if RUN in books.runs else {}
+
+    def crossed(self, site: int, action: str, *, down: bool) -> list[Crossing]:
+        """What crossed, in order."""
+        return [
+            one
+            for one in self.grid.crossings
+            if (one.site, one.action, one.down) == (site, action, down)
+        ]
+
+    def lose(self, *sites: int, action: str, down: bool) -> None:
+        """From their next message of an action on, sites are silent."""
+        dead: set[int] = set()
+
+        def alter(crossing: Crossing) -> Message | None:
+            if (crossing.action, crossing.down) == (action, down) and crossing.site in sites:
+                dead.add(crossing.site)
+            return None if crossing.site in dead else crossing.message
+
+        self.alter = alter
+
+    # What is looked at where the site makes its vector.
+
+    def words(
+        self,
+        made_by: Callable[..., np.ndarray],
+        parts: Any,  # noqa: ANN401
+        blocks: Any,  # noqa: ANN401
+        numbers: Any,  # noqa: ANN401
+        coins: Coins,
+    ) -> np.ndarray:
+        self._local.clear = []
+        made = made_by(parts, blocks, numbers, coins)
+        [site] = [number for number, one in self.sites.items() if one.coins is coins]
+        clear = np.concatenate(self._local.clear)
+        self.made.setdefault(site, []).append(Made(made.copy(), clear))
+        return made
+
+    def quantised(self, by: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:  # noqa: ANN401
+        found = by(*arguments)
+        self._local.clear.append(found.copy())
+        return found
+
+
+@pytest.fixture
+def open_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., RunConfig]
+) -> Iterator[Callable[..., World]]:
+    """Makes federations of four sites of which three must stay and one may collude."""
+    with ExitStack() as stack:
+
+        def make(
+            name: str = "run",
+            *,
+            entropy: Callable[[int], Coins] | None = None,
+            change: Callable[[Any], Any] = lambda raw: raw,
+            **sections: dict[str, Any],
+        ) -> World:
+            options = {
+                "federation": {"sites": 4, "rounds": 5},
+                "privacy": {"mechanism": "distributed", "epsilon": 4.0, "sampling_rate": 1.0},
+                "evaluation": {"samples": 100, "every": 1},
+            }
+            for section, values in sections.items():
+                options[section] = {**options.get(section, {}), **values}
+            world = World(make_config(**options), tmp_path / name, stack, entropy, change)
+            monkeypatch.setattr(vector, "words", partial(world.words, _WORDS))
+            monkeypatch.setattr(vector, "quantise", partial(world.quantised, _QUANTISE))
+            return world
+
+        yield make
+
+
+_WORDS, _QUANTISE = vector.words, vector.quantise
+_PARTY = client_secure.Party
