@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,9 +14,8 @@ import torch
 
 from fedveil.client import secure as client_secure
 from fedveil.client.app import client_app
-from fedveil.client.site import Site
 from fedveil.config import RunConfig
-from fedveil.data_prep import run_schema
+from fedveil.data_prep import modality, run_schema
 from fedveil.flower import Message
 from fedveil.models import family
 from fedveil.models.layers import initialise
@@ -35,7 +34,11 @@ from fedveil.server.simulation.sites import load_shards, pin_identities, simulat
 from fedveil.server.store import RunFolder
 from fedveil.wire import Task
 
+if TYPE_CHECKING:
+    from fedveil.client.site import Site
+
 RUN = f"{7:016x}"
+RECORDS = 30
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,23 @@ class World:
         stack.callback(lambda: [site.close() for site in self.sites.values()])
         app = client_app(lambda context: self.sites[context.node_id])
         inner = stack.enter_context(local_grid(app, list(self.sites), int(RUN, 16)))
-        self.grid = RecordingGrid(inner, lambda crossing: self.alter(crossing))
+        self.grid = RecordingGrid(inner, self._altered)
         kind = family(self.config.model.family)
         self.module = kind.build(self.config.model, self.schema)
         initialise(self.module, torch.Generator().manual_seed(0))
         self.model = to_arrays(self.module)
         self.channel = self.open()
 
+    def _altered(self, crossing: Crossing) -> Message | None:
+        return self.alter(crossing)
+
     def start(self, number: int) -> None:
         """A site's process begins, on the files that it may have left."""
         if number in self.sites:
             self.sites[number].close()
-        raw, records = self._shards.parts[number - 1], self._shards.report.records
+        records = self._shards.report.records
+        few = np.arange(RECORDS)  # a round then takes a moment
+        raw = modality(self.schema).take(self._shards.parts[number - 1], few)
         site = simulated_site(number, self._change(raw), self.folder, self.config, records)
         site.coins = Coins(bytes([number]) * 32)
         self.sites[number] = site
@@ -113,7 +121,7 @@ class World:
         if channel.secure is not None:
             collect = channel.secure.collect
 
-            def kept(*arguments: Any) -> Sum:
+            def kept(*arguments: Any) -> Sum:  # noqa: ANN401
                 self.sums.append(collect(*arguments))
                 return self.sums[-1]
 
@@ -159,7 +167,8 @@ class World:
     def entries(self, number: int) -> dict[str, int]:
         """How many releases of each part a site's ledger has committed for the run."""
         books = self.sites[number]._budget.ledger.read()
-        return dict(books.runs[RUN].made) if RUN in books.runs else {}
+        made = books.runs[RUN].made if RUN in books.runs else {}
+        return {part: count for part, count in made.items() if count}
 
     def crossed(self, site: int, action: str, *, down: bool) -> list[Crossing]:
         """What crossed, in order."""
