@@ -74,7 +74,9 @@ class _Rounds:
         module = family("vae").build(config.model, schema)
         self._model = to_arrays(module)
         arrays = {name: a.astype(np.float64) for name, a in self._model.items()}
-        work = mock.patch.object(client, "parts_of", lambda *_: {"update": dict(arrays)})
+        work = mock.patch.object(
+            client, "parts_of", side_effect=lambda *_: {"update": dict(arrays)}
+        )
         stack.enter_context(work)
         nodes, store = {number: number for number in sites}, RunFolder(folder)
         priced = plan(config)

@@ -441,7 +441,9 @@ class TestAsBytes:
 
 class TestMalformedStep:
     @pytest.mark.parametrize(
-        "message", [TASK, UPDATE, Refused("run", 1, 0, Refusal.FAILED)], ids=["task", "update", "no"]
+        "message",
+        [TASK, UPDATE, Refused("run", 1, 0, Refusal.FAILED)],
+        ids=["task", "update", "no"],
     )
     def test_another_message_is_none(self, message: Task | Update | Refused) -> None:
         with pytest.raises(WireError, match=r"^message: expected the records facts, step$"):
@@ -470,9 +472,7 @@ class TestMalformedStep:
             ArrayRecord({"bytes": Array("float32", (4,), "bytes", b"four")}),
             ArrayRecord({"bytes": Array("uint8", (4,), "safetensors", b"four")}),
             ArrayRecord({PLANTED: Array("uint8", (4,), "bytes", b"four")}),
-            ArrayRecord(
-                {n: Array("uint8", (4,), "bytes", b"four") for n in ("bytes", PLANTED)}
-            ),
+            ArrayRecord({n: Array("uint8", (4,), "bytes", b"four") for n in ("bytes", PLANTED)}),
         ],
         ids=["facts", "another size", "another type", "another encoding", "another name", "two"],
     )

@@ -284,7 +284,9 @@ class TestAnswer:
             assert array.dtype == np.float64
             assert np.isfinite(array).all()
 
-    def test_under_fedavg_a_change_of_the_model_in_float32(self, make_config: MakeConfig, ask: Ask) -> None:
+    def test_under_fedavg_a_change_of_the_model_in_float32(
+        self, make_config: MakeConfig, ask: Ask
+    ) -> None:
         averaged = make_config(
             privacy={"mechanism": "none"}, aggregation={"strategy": "fedavg"}
         ).resolved()
