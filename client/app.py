@@ -25,7 +25,7 @@ from ..privacy.secagg.encoding import encode
 from ..privacy.secagg.errors import SecAggError
 from ..privacy.secagg.keys import is_signed
 from ..privacy.secagg.messages import Upload
-from ..privacy.secagg.sealed import seal_reply
+from ..privacy.secagg.sealed import SealedReply, seal_reply
 from ..privacy.secagg.site import Site as Party
 from ..wire import (
     EVALUATE,
@@ -159,6 +159,8 @@ def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> 
         opened = open_round(party, task, _blocks(task, run), run.priced)
         if opened.sent is not None:  # asked for again: the same bytes, and nothing debited anew
             return _uploaded(task, opened.sent)
+    if run.config.encryption == "sealed":
+        _sealed(b"", task, site)  # what cannot be sealed must not be paid for
     head = _debit(site, task, run)
     failures = site.failures
     try:
@@ -194,9 +196,13 @@ def _packed(
     plain = Update(*about, arrays, sums, (head.number, head.hash))
     if run.config.encryption == "none":
         return plain
-    identity, context = site.secure.keys.identity, task.digest
-    sealed = seal_reply(to_bytes(plain), site.name, identity, task.aggregator, context)
+    sealed = _sealed(to_bytes(plain), task, site)
     return replace(plain, arrays={}, sums={}, upload=encode(sealed))
+
+
+def _sealed(content: bytes, task: Task, site: Site) -> SealedReply:
+    identity = site.secure.keys.identity
+    return seal_reply(content, site.name, identity, task.aggregator, task.digest)
 
 
 def _uploaded(task: Task, sent: Upload) -> Update:

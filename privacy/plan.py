@@ -296,17 +296,16 @@ def _slack(config: RunConfig) -> tuple[float, float]:
     """Of all blocks that a run may release: updates, who was within the bound, two of figures."""
     a_round = 2 if config.privacy.clipping == "adaptive" else 1
     most = a_round * config.federation.rounds + 2 * config.evaluations
-    budgets = {"privacy.epsilon": config.privacy.epsilon}
-    budgets["privacy.epsilon_holdout"] = config.epsilon_holdout
-    option, dearest = max(budgets.items(), key=lambda budget: budget[1])
+    dearest = max(config.privacy.epsilon, config.epsilon_holdout)
     try:
         over = slack(most, config.federation.sites, dearest)
-    except ValueError as error:
-        raise ConfigError(f"{option} = {dearest:g}: {error}") from None
+    except ValueError:
+        over = 0.0, 1.0
     if over[1] >= config.delta:
+        option = "epsilon" if dearest == config.privacy.epsilon else "epsilon_holdout"
         raise ConfigError(
-            f"{option} = {dearest:g}: noise on integers then adds {over[1]:g} to delta = "
-            f"{config.delta:g}, which is all of it; lower it"
+            f"privacy.{option} = {dearest:g}: is more than noise on integers can keep within "
+            f"privacy.delta = {config.delta:g}; lower it"
         )
     return over
 
@@ -341,10 +340,7 @@ def _price(config: RunConfig, slack: tuple[float, float]) -> _Price:
     # A site's update is made of all its records; nothing is sampled that it could hide behind.
     rate = 1.0 if config.unit == "site" else config.sampling_rate
     beside = _beside(config, delta)
-    try:
-        releases = calibrate(rate, rounds * per_round, epsilon, delta, beside)
-    except AccountingError as error:
-        raise ConfigError(str(error)) from None
+    releases = _calibrated("privacy.epsilon", rate, rounds * per_round, epsilon, delta, beside)
     coarse, fine = grids(epsilon)
     claimed = min(pld_epsilon(releases, delta, grid, beside) for grid in (coarse, fine))
     opinions = cross_check(releases, delta, claimed, beside)
@@ -366,10 +362,19 @@ def _beside(config: RunConfig, delta: float) -> tuple[Releases, ...]:
     option, share = "privacy.epsilon", config.evaluation.training_share * config.privacy.epsilon
     if config.unit == "site" and config.evaluations:
         option, share = "privacy.epsilon_holdout", config.epsilon_holdout
-    if not share:
-        return ()
+    return (_calibrated(option, 1.0, config.evaluations, share, delta),) if share else ()
+
+
+def _calibrated(
+    option: str,
+    rate: float,
+    count: int,
+    epsilon: float,
+    delta: float,
+    beside: tuple[Releases, ...] = (),
+) -> Releases:
     try:
-        return (calibrate(1.0, config.evaluations, share, delta),)
+        return calibrate(rate, count, epsilon, delta, beside)
     except AccountingError as error:
         raise ConfigError(str(error).replace("privacy.epsilon", option)) from None
 
@@ -377,12 +382,7 @@ def _beside(config: RunConfig, delta: float) -> tuple[Releases, ...]:
 def _price_holdout(config: RunConfig, slack: tuple[float, float]) -> _HoldoutPrice:
     count, delta = config.evaluations, config.delta - slack[1]
     epsilon = config.epsilon_holdout - (0.0 if config.unit == "site" else slack[0])
-    try:
-        releases = calibrate(1.0, count, epsilon, delta)
-    except AccountingError as error:
-        raise ConfigError(
-            str(error).replace("privacy.epsilon", "privacy.epsilon_holdout")
-        ) from None
+    releases = _calibrated("privacy.epsilon_holdout", 1.0, count, epsilon, delta)
     coarse, fine = grids(epsilon)
     claimed = min(pld_epsilon(releases, delta, grid) for grid in (coarse, fine))
     cross_check(releases, delta, claimed)

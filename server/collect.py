@@ -225,7 +225,7 @@ def _each(channel: Channel, task: Task, ledgers: Ledgers) -> Collected:
     if len(found.usable) < config.min_replies:
         reasons = "; ".join(f"site {n}: {why}" for n, why in list(found.dropped.items())[:3])
         raise RunError(
-            f"round {task.round}: {len(found.usable)} of {len(sites)} replies are usable, "
+            f"{_about(task)}: {len(found.usable)} of {len(sites)} replies are usable, "
             f"federation.min_replies = {config.min_replies} ({reasons})"
         )
     return Collected(
@@ -235,6 +235,11 @@ def _each(channel: Channel, task: Task, ledgers: Ledgers) -> Collected:
         ledgers={site: reply.ledger for site, reply in found.usable.items()},
         noises=_noises(channel.priced, len(found.usable)),
     )
+
+
+def _about(task: Task) -> str:
+    """What was asked for, in an error."""
+    return f"round {task.round}" if task.round else f"evaluation {task.evaluation}"
 
 
 def _summed(channel: Channel, secure: SecureSums, task: Task, ledgers: Ledgers) -> Collected:
@@ -251,7 +256,7 @@ def _summed(channel: Channel, secure: SecureSums, task: Task, ledgers: Ledgers) 
     try:
         found = secure.collect(task_digest(packed), blocks, action, task_for)
     except RoundError as error:
-        raise RunError(f"round {task.round}: {error}") from None
+        raise RunError(f"{_about(task)}: {error}") from None
     arrays, sums = _named(vector.reals(found.total, placed), _expected(channel, task))
     if channel.config.trains_at_sites:
         arrays = {name: array / len(found.sites) for name, array in arrays.items()}

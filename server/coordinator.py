@@ -1,6 +1,7 @@
 """The coordinator's own secrets: who signs a run, and whom sealed replies are for."""
 
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,12 +39,14 @@ def coordinator(folder: Path) -> Coordinator:
     path = folder / _FILE
     try:
         if not path.exists():
-            create_secret_file(path, f"{secrets.token_hex(64)}\n".encode())
-        key = bytes.fromhex(path.read_text(encoding="ascii"))
-    except FileExistsError:
-        return coordinator(folder)
+            with suppress(FileExistsError):  # of two at once either's will do
+                create_secret_file(path, f"{secrets.token_hex(64)}\n".encode())
     except OSError as error:
-        raise FedveilError(f"{path}: {error.strerror}; check the path and the disk") from None
+        raise FedveilError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii"))
+    except OSError as error:
+        raise FedveilError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         key = b""
     if len(key) != 64:

@@ -37,7 +37,7 @@ from torch import nn
 
 import fedveil
 from fedveil import api
-from fedveil.client import app
+from fedveil.client import app, work
 from fedveil.client.site import Records, Site
 from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep.schema import Schema
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning
 PARTS = {
     "train": "rounds", "holdout_sums": "evaluations", "training_sums": "training_figures",
 }  # fmt: skip
-"""What a site computes, by name in `client/app.py`, and what its ledger calls it."""
+"""What a site computes, by name in `client/work.py`, and what its ledger calls it."""
 Made = Counter[tuple[str, str]]  # releases by site and part
 
 SCHEMA = """
@@ -98,8 +98,9 @@ def tiny(home: Path, **sections: Mapping[str, Any]) -> RunConfig:
             "records": 60,
         },
         "model": {"family": "vae", "hidden": 2, "latent": 1},
-        "privacy": {"epsilon": 1.0, "delta": 1e-3},
+        "privacy": {"epsilon": 1.0, "delta": 1e-3, "mechanism": "central"},
         "evaluation": {"every": 1, "samples": 200},
+        "policy": {"self_test": False},
     }
     for section, options in sections.items():
         raw.setdefault(section, {}).update(options)
@@ -130,7 +131,7 @@ def witnessed(file: Path) -> Iterator[None]:
         patch.setattr(app, "read_task", reading)
         patch.setattr(Site, "records", opening)
         for name in PARTS:
-            patch.setattr(app, name, partial(computing, name, getattr(app, name)))
+            patch.setattr(work, name, partial(computing, name, getattr(work, name)))
         yield
     os.close(handle)
 
@@ -360,7 +361,7 @@ class Machine:
             (RunFolder, "append", self.alive),
             (Ledger, "create", self.around),
             (Ledger, "commit", self.around),
-            *((app, name, self.around) for name in PARTS),
+            *((work, name, self.around) for name in PARTS),
         ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "sched_getaffinity", lambda _: {0})
@@ -394,9 +395,19 @@ def run_on(
         fedveil.simulate(config, out=folder, resume=True, observe=observe)
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_goes_on_from_every_instant(home: Path, tmp_path: Path, every: int) -> None:
-    config = tiny(home)
+@pytest.mark.parametrize(
+    ("mechanism", "every"),
+    [
+        ("central", 9),
+        ("distributed", 23),
+        pytest.param("central", 1, marks=pytest.mark.slow),
+        pytest.param("distributed", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_from_every_instant(
+    home: Path, tmp_path: Path, mechanism: str, every: int
+) -> None:
+    config = tiny(home, federation={"sites": 3}, privacy={"mechanism": mechanism})
     for instant in itertools.count(step=every):
         folder = tmp_path / str(instant)
         try:
@@ -688,7 +699,7 @@ class TestResume:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(app, "train", train)
+            patch.setattr(work, "train", train)
             with pytest.raises(KeyboardInterrupt):
                 run_on(Machine(), config, folder)
         run_on(Machine(), config, folder)
@@ -717,7 +728,7 @@ class TestResume:
         )
         copy = folder.with_name("copy")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(app, "train", train)
+            patch.setattr(work, "train", train)
             interrupted(config, folder, 1)
             shutil.copytree(folder, copy)
             interrupted(config, copy, 2)

@@ -68,8 +68,11 @@ DASHED = {"run_id", "ledger_count", "ledger_hash"}
 RECORDS = r"^message: expected the records facts, arrays, sums, upload$"
 # What is the same for every site of a round, and what is one site's own.
 SHARED: dict[str, Any] = {
-    "clipping_norm": 0.75, "aggregator": b"a" * 32, "coordinator": b"c" * 32, "signature": b"s" * 64,
-}  # fmt: skip
+    "clipping_norm": 0.75,
+    "aggregator": b"a" * 32,
+    "coordinator": b"c" * 32,
+    "signature": b"s" * 64,
+}
 OWN: dict[str, Any] = {"opening": b"opening", "deals": b"deals \0"}
 
 identifiers = st.text(max_size=20)
@@ -353,7 +356,7 @@ class TestDigest:
             {"signature": b"t" * 64},
             {"aggregator": SHARED["coordinator"], "coordinator": SHARED["aggregator"]},
         ],
-        ids=lambda change: " and ".join(change),
+        ids=" and ".join,
     )
     def test_is_of_all_that_is_asked(self, change: dict[str, Any]) -> None:
         asked = replace(TASK, **SHARED)

@@ -171,9 +171,12 @@ def _keys(name: str, folder: Path) -> Keys:
 
 def _secret(path: Path) -> bytes:
     """32 secret bytes in a file, made where it is missing."""
-    if not path.exists():
-        with suppress(FileExistsError):
-            create_secret_file(path, f"{secrets.token_hex(32)}\n".encode())
+    try:
+        if not path.exists():
+            with suppress(FileExistsError):
+                create_secret_file(path, f"{secrets.token_hex(32)}\n".encode())
+    except OSError as error:
+        raise UnavailableError(f"{path}: {error.strerror}; check the path and the disk") from None
     return _read_key(path)
 
 
@@ -206,7 +209,7 @@ def _read_key(path: Path) -> bytes:
     except (OSError, ValueError):
         key = b""
     if len(key) != 32:
-        raise UnavailableError(f"{path}: holds no split key; put a whole copy back")
+        raise UnavailableError(f"{path}: holds no key; put a whole copy back")
     return key
 
 

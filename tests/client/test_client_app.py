@@ -23,9 +23,10 @@ from fedveil.client import app as client_module
 from fedveil.client import work
 from fedveil.client.app import client_app, understand
 from fedveil.client.evaluation import holdout_sums
+from fedveil.client.secure import Keys, SecureSite
 from fedveil.client.site import Budget, Side, Site
 from fedveil.client.training import train
-from fedveil.config import RunConfig
+from fedveil.config import Policy, RunConfig
 from fedveil.data_prep import modality, run_schema
 from fedveil.data_prep.clean import DataError
 from fedveil.data_prep.images import Images
@@ -56,16 +57,30 @@ from fedveil.privacy.limits import (
     UnavailableError,
 )
 from fedveil.privacy.noise import Coins
+from fedveil.privacy.secagg.encoding import decode
+from fedveil.privacy.secagg.errors import SecAggError
+from fedveil.privacy.secagg.keys import Identity, public_of
+from fedveil.privacy.secagg.sealed import SealedReply, open_reply
+from fedveil.privacy.secagg.terms import Floor
 from fedveil.wire import (
+    ADVERTISE,
+    CONFIRM,
+    DEAL,
     EVALUATE,
     NO_LEDGER,
     TRAIN,
+    UNMASK,
     Refusal,
     Refused,
+    Step,
     Task,
     Update,
+    from_bytes,
     pack,
+    read_answer,
     read_reply,
+    run_statement,
+    task_digest,
 )
 
 MakeConfig = Callable[..., RunConfig]
@@ -74,6 +89,7 @@ PLANTED = "PATIENT-4711"
 NODE = 5
 FAST = {"epsilon": 2.0, "sampling_rate": 1.0}  # priced in a moment
 DIGITS = ImageSchema(height=8, width=8, classes=tuple("0123456789"))
+ANYTHING = Policy(self_test=False)
 FACTS = {"run-id", "round", "evaluation", "ledger-count", "ledger-hash"}
 
 
@@ -98,12 +114,22 @@ def images(count: int, seed: int = 1) -> Images:
 class Asked:
     """One site behind a real ClientApp, its ledger, and how often its data were read."""
 
-    def __init__(self, ledger: Path, read: Callable[[], Any] | None, lifetime: Lifetime) -> None:
+    def __init__(
+        self,
+        ledger: Path,
+        read: Callable[[], Any] | None,
+        lifetime: Lifetime,
+        policy: Policy,
+        secure: SecureSite | None,
+    ) -> None:
         self.reads, self.path = 0, ledger
         self._read = read or (lambda: images(40))
         self.ledger = Ledger.open(ledger, clock=noon)
         budget = Budget(self.ledger, "data", lifetime)
-        self.site = Site("site-005", self._reading, KEY, budget, Coins(bytes(range(1, 33))))
+        coins = Coins(bytes(range(1, 33)))
+        self.site = Site(
+            "site-005", self._reading, KEY, budget, coins, secure=secure, policy=policy
+        )
         self.app = client_app(lambda _: self.site)
         self.context = Context(1, NODE, {}, RecordDict(), {})
 
@@ -150,11 +176,13 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
         *,
         ledger: Path | None = None,
         lifetime: Lifetime = Lifetime(None, 0.5),  # noqa: B008  it is frozen
+        policy: Policy = ANYTHING,
+        secure: SecureSite | None = None,
     ) -> Asked:
         if ledger is None:
             ledger = tmp_path / f"{len(made)}.sqlite"
             Ledger.create(ledger, "site-005", clock=noon)
-        made.append(Asked(ledger, read, lifetime))
+        made.append(Asked(ledger, read, lifetime, policy, secure))
         return made[-1]
 
     yield make
@@ -1004,6 +1032,223 @@ class TestConfiguration:
         answer = site.answer(task_for(RunConfig.model_validate(renamed)))
         assert isinstance(answer, Refused)
         assert site.reads == 0
+
+
+COORDINATOR, SEALING = Identity(bytes(range(64, 96))), bytes(range(96, 128))
+
+
+def signed(task: Task, who: Identity = COORDINATOR) -> Task:
+    """A task that somebody signed."""
+    statement = run_statement(task.run_id, task.config, task.schema, task.aggregator)
+    return replace(task, coordinator=who.public, signature=who.sign(statement))
+
+
+class TestTheOwnersPolicy:
+    """Whatever breaks it is refused by its own code, before anything is debited or read."""
+
+    @pytest.mark.parametrize(
+        ("options", "code"),
+        [
+            ({"mechanisms": ("local", "site")}, Refusal.MECHANISM),
+            ({"encryption": ("sealed", "secagg")}, Refusal.ENCRYPTION),
+            ({"units": ("person",)}, Refusal.UNIT),
+            ({"families": ("gan",)}, Refusal.FAMILY),
+            ({"max_parameters": 100}, Refusal.PARAMETERS),
+            ({"epsilon_per_run": 1.9}, Refusal.PRICE),
+            ({"delta_per_run": 1e-9}, Refusal.PRICE),
+            ({"coordinator": COORDINATOR.public.hex()}, Refusal.COORDINATOR),
+            ({}, None),
+        ],
+        ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else None,
+    )
+    def test_each_rule_has_its_code(
+        self,
+        make_config: MakeConfig,
+        ask: Ask,
+        options: dict[str, Any],
+        code: Refusal | None,
+    ) -> None:
+        central = make_config(privacy=FAST).resolved()
+        site = ask(policy=ANYTHING.model_copy(update=options))
+        assert outcome(site.answer(task_for(central))) is code
+        assert (site.reads, site.entries) == ((1, 4) if code is None else (0, 1))
+
+    def test_numbers_of_a_secure_sum_below_its_floor(
+        self, make_config: MakeConfig, ask: Ask, tmp_path: Path
+    ) -> None:
+        summed = make_config(
+            privacy={"mechanism": "none"}, aggregation={"encryption": "secagg"}
+        ).resolved()
+        site = ask(policy=ANYTHING.model_copy(update={"min_sites": 4}), secure=keys(tmp_path))
+        assert refusal(site.answer(task_for(summed))) is Refusal.ROSTER
+        assert (site.reads, site.entries) == (0, 1)
+
+    def test_a_run_that_the_expected_coordinator_signed(self, config: RunConfig, ask: Ask) -> None:
+        policy = ANYTHING.model_copy(update={"coordinator": COORDINATOR.public.hex()})
+        site = ask(policy=policy)
+        assert outcome(site.answer(signed(task_for(config)))) is None
+        # What a round brings is not part of the run.
+        assert outcome(site.answer(signed(task_for(config, 2)))) is None
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda task: replace(task, signature=b""),
+            lambda task: replace(task, signature=bytes(64)),
+            lambda task: replace(task, coordinator=b""),
+            lambda task: signed(task, Identity(bytes(32))),
+            lambda task: replace(signed(task, Identity(bytes(32))), coordinator=task.coordinator),
+            lambda task: replace(task, run_id="run-b"),
+            lambda task: replace(task, aggregator=public_of(SEALING)),
+            lambda task: replace(task, config=task.config.replace('"seed":0', '"seed":1')),
+            lambda task: replace(task, schema=task.schema.replace('"0"', '"zero"')),
+        ],
+        ids=[
+            "none", "zeros", "nobody", "another", "another's", "run", "aggregator", "config",
+            "schema",
+        ],
+    )  # fmt: skip
+    def test_one_that_it_did_not(
+        self, config: RunConfig, ask: Ask, spoil: Callable[[Task], Task]
+    ) -> None:
+        good = signed(task_for(config))
+        spoilt = spoil(good)
+        assert spoilt != good
+        site = ask(policy=ANYTHING.model_copy(update={"coordinator": COORDINATOR.public.hex()}))
+        assert refusal(site.answer(spoilt)) is Refusal.COORDINATOR
+        assert (site.reads, site.entries) == (0, 1)
+
+
+class TestClippingNorm:
+    """The server says it, for it may adapt; otherwise it is the plan's, or a sum has another."""
+
+    @pytest.mark.parametrize("norm", [0.0, 0.5, 2.0, math.nan, math.inf, -1.0])
+    def test_another_than_was_priced_is_refused(
+        self, make_config: MakeConfig, ask: Ask, norm: float
+    ) -> None:
+        central = make_config(privacy=FAST).resolved()
+        site = ask()
+        answer = site.answer(task_for(central, clipping_norm=norm))
+        assert refusal(answer) is Refusal.CONFIGURATION
+        assert (site.reads, site.entries) == (0, 1)
+        assert outcome(site.answer(task_for(central))) is None
+
+    def test_one_where_there_is_no_mechanism_as_well(self, config: RunConfig, ask: Ask) -> None:
+        answer = ask().answer(task_for(config, clipping_norm=1.0))
+        assert refusal(answer) is Refusal.CONFIGURATION
+
+    def test_one_that_adapts_is_within_what_may_be_asked_for(
+        self, make_config: MakeConfig, ask: Ask
+    ) -> None:
+        adaptive = make_config(
+            data={"holdout": 0.0},
+            privacy={"mechanism": "site", "clipping": "adaptive", "epsilon": 8.0},
+            aggregation={"encryption": "none"},
+        ).resolved()
+        site = ask()
+        for norm in (0.0, -1.0, 9e-7, 1.1e6, math.inf, math.nan):
+            answer = site.answer(task_for(adaptive, clipping_norm=norm))
+            assert refusal(answer) is Refusal.CONFIGURATION, norm
+        assert (site.reads, site.entries) == (0, 1)
+        for number, norm in ((1, 0.03), (2, 40.0)):
+            answer = site.answer(task_for(adaptive, number, clipping_norm=norm))
+            assert updated(answer).sums.keys() == {"clipping/within"}
+
+
+def keys(folder: Path) -> SecureSite:
+    """A site's secrets."""
+    identity = Identity(KEY)
+    secrets = Keys(identity, {"site-005": identity.public}, folder / "secagg", KEY[::-1])
+    return SecureSite("site-005", secrets, Floor(2, 2, 0))
+
+
+class TestSealed:
+    @pytest.fixture
+    def sealed(self, make_config: MakeConfig) -> RunConfig:
+        return make_config(
+            privacy={"mechanism": "none"}, aggregation={"encryption": "sealed"}
+        ).resolved()
+
+    def test_a_reply_is_for_the_aggregator_only_and_the_same_inside(
+        self, config: RunConfig, sealed: RunConfig, ask: Ask, tmp_path: Path
+    ) -> None:
+        plain = updated(ask().answer(evaluation_of(config, 1, 1)))
+        site = ask(secure=keys(tmp_path))
+        task = evaluation_of(sealed, 1, 1, aggregator=public_of(SEALING))
+        packed = pack(task)
+        reply = site(packed)
+        answer = updated(read_reply(reply))
+        # Outside stands what any reply tells, and no array.
+        assert (answer.run_id, answer.round, answer.evaluation) == ("run-a", 1, 1)
+        assert (answer.arrays, answer.sums) == ({}, {})
+        assert answer.ledger == site.ledger.read().head
+        assert set(reply.content["facts"]) == FACTS
+        # Inside stands what would have come in the open, by equal coins.
+        sent, pinned = decode(SealedReply, answer.upload), {"site-005": Identity(KEY).public}
+        opened = from_bytes(open_reply(sent, pinned, SEALING, task_digest(packed)))
+        assert replace(opened, arrays={}, sums={}) == replace(answer, upload=b"")
+        assert same(opened.arrays, plain.arrays)
+        assert same(opened.sums, plain.sums)
+        first = next(iter(plain.arrays.values()))
+        assert first.tobytes() not in answer.upload
+        with pytest.raises(SecAggError):
+            open_reply(sent, pinned, SEALING[::-1], task_digest(packed))
+
+    def test_without_an_identity_nothing_leaves_the_site(self, sealed: RunConfig, ask: Ask) -> None:
+        task = task_for(sealed, aggregator=public_of(SEALING))
+        assert refusal(ask().answer(task)) is Refusal.PROTOCOL
+
+    @pytest.mark.parametrize("key", [b"", bytes(32), b"short"])
+    def test_nor_for_a_key_that_is_none(
+        self, sealed: RunConfig, ask: Ask, tmp_path: Path, key: bytes
+    ) -> None:
+        site = ask(secure=keys(tmp_path))
+        assert refusal(site.answer(task_for(sealed, aggregator=key))) is Refusal.PROTOCOL
+        assert (site.reads, site.entries) == (0, 1)
+
+
+class TestStepsOfASecureSum:
+    @pytest.mark.parametrize("action", [ADVERTISE, DEAL, CONFIRM, UNMASK])
+    def test_what_is_none_is_refused_and_touches_nothing(
+        self, ask: Ask, tmp_path: Path, action: str
+    ) -> None:
+        site = ask(secure=keys(tmp_path))
+        for content in (
+            pack(Step("run-a", b"")),
+            pack(Step("run-a", b"nonsense")),
+            pack(Step("../run", b"nonsense")),
+            pack(Update("run-a", 1, 0, {}, {}, NO_LEDGER)),
+            RecordDict(),
+        ):
+            answer = read_answer(site(content, action))
+            assert isinstance(answer, Refused)
+            assert answer.code is Refusal.PROTOCOL
+        assert (site.reads, site.entries) == (0, 1)
+        assert not list(tmp_path.rglob("*.state"))
+
+    def test_nor_does_a_site_without_keys_take_part(
+        self, make_config: MakeConfig, ask: Ask
+    ) -> None:
+        site = ask()
+        answer = read_answer(site(pack(Step("run-a", b"")), ADVERTISE))
+        assert isinstance(answer, Refused)
+        summed = make_config(
+            privacy={"mechanism": "none"}, aggregation={"encryption": "secagg"}
+        ).resolved()
+        assert refusal(site.answer(task_for(summed))) is Refusal.PROTOCOL
+        assert (site.reads, site.entries) == (0, 1)
+
+    def test_a_round_that_was_not_set_up_is_refused_before_it_is_debited(
+        self, make_config: MakeConfig, ask: Ask, tmp_path: Path
+    ) -> None:
+        summed = make_config(
+            privacy={"mechanism": "none"}, aggregation={"encryption": "secagg"}
+        ).resolved()
+        site = ask(secure=keys(tmp_path))
+        for opening in (b"", b"nonsense"):
+            answer = site.answer(task_for(summed, opening=opening))
+            assert refusal(answer) is Refusal.PROTOCOL
+        assert (site.reads, site.entries) == (0, 1)
 
 
 class TestMalformed:

@@ -42,6 +42,7 @@ from fedveil.privacy.limits import (
 )
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
+from fedveil.privacy.secagg.terms import Numbers
 from fedveil.server.evaluation import expected_sums
 from fedveil.wire import EVALUATE, NO_LEDGER, TRAIN, Task, Update, pack, read_reply
 
@@ -193,6 +194,58 @@ class TestHoldoutSums:
             only(noise, noise_scale(MULTIPLIER, SCHEMA))
         # The lattice of the mechanism: no low-order bits of a sum are left to tell.
         assert all((a * 2.0**19 % 1 == 0).all() for sums in drawn for a in sums.values())
+
+
+class TestHoldoutSumsOfASite:
+    """All its held-out records are one unit's: their sums are clipped as a whole."""
+
+    @staticmethod
+    def whole(config: RunConfig, units: float, *, alone: bool) -> Plan:
+        """A plan for the unit `site`; in a secure sum, parts are bare."""
+        numbers = None if alone else Numbers(3, 3, 3, 1)
+        return replace(noisy(config, "site"), unit="site", evaluation_units=units, numbers=numbers)
+
+    @pytest.mark.parametrize("units", [1.0, 7.5, 39.0])
+    def test_it_adds_no_more_than_its_share_of_records_may(
+        self, config: RunConfig, exam: Exam, coins: Coins, units: float
+    ) -> None:
+        module, records = model(config), encoded(persons(400), config)
+        fixed = self.whole(config, units, alone=False)
+        found = holdout_sums(module, exam, Side(records), config, SCHEMA, fixed, coins)
+        exact = answers(family("vae"), module, exam, records, SCHEMA)
+        size = math.sqrt(sum(float(np.square(array).sum()) for array in found.values()))
+        # `units` records of six blocks: units * sqrt(6), and the slack of their rounding.
+        bound = units * math.sqrt(6) * 1.001
+        assert 0.99 * bound < size <= bound
+        # Scaled as a whole: shares stay what they are.
+        factor = float(found["count"][0] / exact["count"][0])
+        for name, array in found.items():
+            assert array == pytest.approx(factor * exact[name], rel=1e-9)
+
+    def test_fewer_records_are_not_clipped(
+        self, config: RunConfig, exam: Exam, coins: Coins
+    ) -> None:
+        module, records = model(config), encoded(persons(40), config)
+        fixed = self.whole(config, 41.0, alone=False)
+        found = holdout_sums(module, exam, Side(records), config, SCHEMA, fixed, coins)
+        exact = answers(family("vae"), module, exam, records, SCHEMA)
+        assert all(np.array_equal(found[name], exact[name]) for name in exact)
+
+    def test_its_noise_is_for_as_many(self, config: RunConfig, exam: Exam, coins: Coins) -> None:
+        none, module = no_records(SCHEMA).holdout, model(config)
+        fixed, drawn = self.whole(config, 7.5, alone=True), []
+        for _ in range(20):
+            sums = holdout_sums(module, exam, none, config, SCHEMA, fixed, coins)
+            drawn.append(np.concatenate([array.ravel() for array in sums.values()]))
+        only(np.concatenate(drawn), 7.5 * MULTIPLIER * math.sqrt(6) * 1.001)
+
+    def test_in_a_secure_sum_it_adds_none_by_itself(
+        self, config: RunConfig, exam: Exam, coins: Coins
+    ) -> None:
+        none, fixed = no_records(SCHEMA).holdout, self.whole(config, 7.5, alone=False)
+        sums = holdout_sums(model(config), exam, none, config, SCHEMA, fixed, coins)
+        assert not any(array.any() for array in sums.values())
+        assert np.array_equal(coins.words(4), Coins(KEY).words(4))
 
 
 class TestTrainingSums:

@@ -11,12 +11,13 @@ from torch import nn
 
 from fedveil.client import training
 from fedveil.client.site import Side
-from fedveil.client.training import gradient_sum, train
+from fedveil.client.training import clipped_update, gradient_sum, train
 from fedveil.config import RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.models import Batch, Family, family
 from fedveil.models.layers import initialise
 from fedveil.models.state import Arrays, to_arrays
+from fedveil.privacy.clipping import CLIPPING_SLACK
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
 
@@ -477,3 +478,76 @@ class TestPersons:
     def test_records_of_nobody_are_refused(self, config: RunConfig, by_person: Plan) -> None:
         with pytest.raises(ValueError, match="not every record has one"):
             train(module_for(config), batch(8), config, by_person, Everyone())
+
+
+class TestUnderSite:
+    """A site's steps are its own affair: only the update that comes of them is bounded."""
+
+    @pytest.fixture
+    def config(self, make_config: MakeConfig) -> RunConfig:
+        return make_config(
+            privacy={"mechanism": "site", "sampling_rate": 1.0},
+            aggregation={"encryption": "none"},
+            training={"local_steps": 3, "learning_rate": 0.01},
+        ).resolved()
+
+    def test_as_many_steps_as_it_may_take_though_one_release_is_priced(
+        self, config: RunConfig
+    ) -> None:
+        priced, coins = plan(config), Everyone()
+        assert priced.releases_per_round == 1
+        train(module_for(config), batch(8), config, priced, coins)
+        assert len(coins.asked) == 3
+
+    def test_they_are_neither_clipped_nor_noised(
+        self, config: RunConfig, make_config: MakeConfig
+    ) -> None:
+        """To the bit what a run without a mechanism trains, whatever the plan's noise and bound."""
+        free = make_config(
+            privacy={"mechanism": "none", "sampling_rate": 1.0},
+            aggregation={"strategy": "fedavg"},
+            training={"local_steps": 3, "learning_rate": 0.01},
+        ).resolved()
+        expected = train(module_for(free), batch(8), free, plan(free), Everyone())
+        for norm in (1e-6, 1.0):
+            priced = replace(plan(config), clipping_norm=norm, noise_multiplier=9.0)
+            sent = train(module_for(config), batch(8), config, priced, Everyone())
+            assert all(array.dtype == np.float32 for array in sent.values())
+            assert flat(sent).tobytes() == flat(expected).tobytes()
+
+
+class TestClippedUpdate:
+    def test_what_is_within_the_bound_stays_as_it_is(self) -> None:
+        change = {"a": np.array([3.0], dtype=np.float32), "b": np.array([[4.0]], dtype=np.float32)}
+        update, within = clipped_update(change, 10.0)
+        assert within
+        assert (update["a"].tolist(), update["b"].tolist()) == ([3.0], [[4.0]])
+        assert all(array.dtype == np.float64 for array in update.values())
+
+    def test_what_is_beyond_is_scaled_over_all_parameters_together(self) -> None:
+        # The norm of (3, 4) is 5, and the bound half of it, but for the rounding of sums.
+        update, within = clipped_update({"a": np.array([3.0]), "b": np.array([4.0])}, 2.5)
+        assert not within
+        assert update["a"][0] == pytest.approx(1.5 / CLIPPING_SLACK)
+        assert update["b"][0] == pytest.approx(2.0 / CLIPPING_SLACK)
+        assert np.linalg.norm(flat(update)) <= 2.5
+
+    def test_nothing_is_within_any_bound(self) -> None:
+        update, within = clipped_update({"a": np.zeros(3)}, 1e-6)
+        assert within
+        assert not update["a"].any()
+
+    @pytest.mark.parametrize("evil", [math.nan, math.inf, -math.inf])
+    def test_what_is_not_finite_counts_as_zero(self, evil: float) -> None:
+        update, within = clipped_update({"a": np.array([1.0, evil]), "b": np.ones(2)}, 1.0)
+        assert not within
+        assert not flat(update).any()
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 3e38])
+    @pytest.mark.parametrize("norm", [1e-6, 0.3, 1e6])
+    def test_no_update_is_beyond_the_bound(self, coins: Coins, size: float, norm: float) -> None:
+        for _ in range(20):
+            change = {"a": (size * coins.gaussian((50,), 0.3)).astype(np.float32)}
+            update, within = clipped_update(change, norm)
+            assert np.linalg.norm(update["a"]) <= norm
+            assert within == np.array_equal(update["a"], change["a"].astype(np.float64))

@@ -19,7 +19,7 @@ import torch
 
 import fedveil
 from fedveil import machine
-from fedveil.client import app as client_module
+from fedveil.client import work
 from fedveil.client.evaluation import holdout_sums
 from fedveil.client.site import Side
 from fedveil.config import ConfigError, FedveilError, RunConfig
@@ -485,7 +485,7 @@ class TestRuns:
                 raise ValueError(PLANTED)
             return holdout_sums(module, exam, records, *rest)
 
-        monkeypatch.setattr(client_module, "holdout_sums", fail)
+        monkeypatch.setattr(work, "holdout_sums", fail)
         config = make_config(
             privacy={"mechanism": "none"}, evaluation={"every": 0, "samples": 128}
         ).resolved()
@@ -835,7 +835,7 @@ class TestDurableLedgers:
     @pytest.mark.parametrize("content", ["", "no key", "ab" * 31, "ab" * 33])
     def test_a_damaged_key_is_refused(self, opened: Path, content: str) -> None:
         (opened / "site-001.SIMULATED-split.key").write_text(content, encoding="ascii")
-        self.refused(opened, durable(opened), UnavailableError, "site-001.*: holds no split key")
+        self.refused(opened, durable(opened), UnavailableError, "site-001.*: holds no key")
 
     def test_another_key_is_refused(self, home: Path) -> None:
         (home / "site-001.SIMULATED-split.key").write_text("ab" * 32, encoding="ascii")
