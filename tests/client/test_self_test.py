@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-
+from fedveil.client import self_test as tested
 from fedveil.client import training
 from fedveil.client.self_test import ConformanceError, self_test
 from fedveil.client.self_test import Tested as Found
@@ -21,7 +21,7 @@ from fedveil.config import RunConfig
 from fedveil.privacy import clipping, discrete, mechanism, vector
 from fedveil.privacy.clipping import CLIPPING_SLACK
 from fedveil.privacy.ledger import Ledger
-from fedveil.privacy.mechanism import add_nothing, add_noise
+from fedveil.privacy.mechanism import add_noise, add_nothing
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
 
@@ -77,7 +77,7 @@ def case(make_config: MakeConfig) -> Callable[[str], Case]:
         privacy = {**FAST, "mechanism": name.partition(",")[0], **options.get("privacy", {})}
         rest = {key: value for key, value in options.items() if key != "privacy"}
         if name.startswith("site"):
-            del privacy["sampling_rate"]
+            del privacy["sampling_rate"], privacy["epsilon"]
         config = make_config(federation={"sites": 5}, privacy=privacy, **rest).resolved()
         priced = plan(config)
         # What a rate costs is not what is tested.
@@ -111,8 +111,7 @@ class TestRightCode:
         first, second = (self_test(one.config, one.priced) for _ in range(2))
         assert first.noise.checks != second.noise.checks
 
-    @pytest.mark.parametrize("name", ["central", "distributed", "site", "site, secagg"])
-    @pytest.mark.parametrize("norm", [1e-6, 1e6])
+    @pytest.mark.parametrize(("name", "norm"), [("central", 1e6), ("site, secagg", 1e-6)])
     def test_whatever_the_clipping_norm(
         self, case: Callable[[str], Case], name: str, norm: float
     ) -> None:
@@ -120,7 +119,7 @@ class TestRightCode:
         found = one._replace(priced=replace(one.priced, clipping_norm=norm)).tested()
         assert found.outcome == "consistent"
 
-    @pytest.mark.parametrize("rate", [1e-3, 0.5, 0.99, 1.0])
+    @pytest.mark.parametrize("rate", [1e-3, 0.99])
     def test_whatever_the_rate(self, case: Callable[[str], Case], rate: float) -> None:
         one = case("central")
         found = one._replace(priced=replace(one.priced, sampling_rate=rate)).tested()
@@ -273,7 +272,7 @@ def clipped_too_late(patch: Patch) -> None:
 
 def clipped_by_record(patch: Patch) -> None:
     real = training.clipped_sum
-    patch.setattr(training, "clipped_sum", lambda *a, groups, **k: real(*a, **k, groups=None))
+    patch.setattr(training, "clipped_sum", lambda *a, **k: real(*a, **k | {"groups": None}))
 
 
 def sampled_by_record(patch: Patch) -> None:
@@ -332,7 +331,7 @@ def a_release_not_debited(patch: Patch) -> None:
 
 
 def no_noise_in_the_words(patch: Patch) -> None:
-    patch.setattr(discrete, "add_noise", lambda words, stretch, coins: None)
+    patch.setattr(discrete, "add_noise", lambda *_: None)
 
 
 def half_of_the_words_without_noise(patch: Patch) -> None:
@@ -344,23 +343,25 @@ NOISE = {"noise"}
 CLIPPED = {"slot mean", "clipping"}
 SAMPLED = {"slot mean", "rate"}
 SUMS = {"batch sizes", "slot totals"}
+ANY = ("central", "distributed", "local", "site", "site, secagg")
 ONE_NOISE = ("central", "local", "site")
 WORDS = ("distributed", "site, secagg")
-SAMPLING = ("central", "distributed", "local", "central, person", "distributed, person")
+SAMPLING = ("central", "distributed", "central, person")
+CLIPS = ("central", "distributed", "distributed, person", "site", "site, secagg")
 
 FAULTS: dict[str, tuple[Fault, set[str], tuple[str, ...]]] = {
-    # What must be in `failed`, and where it is tried: first the one that is not slow.
-    "noise x 0.98": (less_noise, NOISE, ALL),
-    "noise of one seed": (noise_of_one_seed, {"correlation of steps"}, ALL),
-    "a round without noise": (a_round_without_noise, {"noise of a step"}, ALL),
-    "noise in the first round only": (noise_in_the_first_round, {"noise", "zeros"}, ALL),
+    # What must be in `failed`, and where it is tried.
+    "noise x 0.98": (less_noise, NOISE, ANY),
+    "noise of one seed": (noise_of_one_seed, {"correlation of steps"}, ANY),
+    "a round without noise": (a_round_without_noise, {"noise of a step"}, ANY),
+    "noise in the first round only": (noise_in_the_first_round, {"noise", "zeros"}, ANY),
     "noise used twice": (noise_of_the_round_before, {"correlation of steps"}, ("local", *WORDS)),
     "no hook": (no_hook, {"noise", "noise of a step", "zeros"}, ONE_NOISE),
     "both hooks": (both_hooks, {"noise", "noise of a step"}, ONE_NOISE),
     "no noise in the words": (no_noise_in_the_words, {"noise", "zeros"}, WORDS),
     "half of the words": (half_of_the_words_without_noise, {"noise", "zeros"}, WORDS),
-    "no clipping": (no_clipping, {"clipping bound"}, ALL),
-    "clipping x 1.1": (clipped_too_late, CLIPPED, ALL),
+    "no clipping": (no_clipping, {"clipping bound"}, CLIPS),
+    "clipping x 1.1": (clipped_too_late, CLIPPED, CLIPS),
     "clipped by record": (clipped_by_record, CLIPPED, ("central, person", "distributed, person")),
     "sampled by record": (sampled_by_record, SAMPLED, ("central, person", "distributed, person")),
     "rate x 1.2": (rate_too_high, SAMPLED, SAMPLING),
@@ -370,10 +371,20 @@ FAULTS: dict[str, tuple[Fault, set[str], tuple[str, ...]]] = {
     "not debited": (a_release_not_debited, {"ledger"}, ("central", "distributed", "site")),
     "one share short": (one_site_with_less_noise, {"share"}, ("distributed",)),
 }
+OF_NOISE = {"noise x 0.98", "noise used twice", "one share short", "not debited"}
 PAIRS = [(fault, name) for fault, (_, _, names) in FAULTS.items() for name in names]
-FAST_PAIRS = [(fault, names[0]) for fault, (_, _, names) in FAULTS.items()]
-FAST_PAIRS += [(f, "distributed") for f in ("noise x 0.98", "noise of one seed")]
-FAST_PAIRS += [(f, "site") for f in ("no clipping", "clipping x 1.1")]
+FAST_PAIRS = [
+    ("noise x 0.98", "distributed"),
+    ("noise of one seed", "central"),
+    ("a round without noise", "distributed"),
+    ("no clipping", "central"),
+    ("clipping x 1.1", "site"),
+    ("clipped by record", "central, person"),
+    ("rate x 1.2", "central"),
+    ("batches of one size", "local"),
+    ("the same batch", "central"),
+    ("not debited", "central"),
+]
 
 
 class TestFaults:
@@ -386,8 +397,8 @@ class TestFaults:
         found = one.tested()
         assert found.outcome == "violated"
         assert due <= {*found.failed}
-        if due <= {"noise", "correlation of steps", "noise of a step", "ledger", "share"}:
-            # Nothing is said about clipping and sampling, which are right.
+        if fault in OF_NOISE:
+            # Clipping and sampling, which are right, are not accused.
             assert not (CLIPPED | SAMPLED | SUMS) & {*found.failed}
 
     @pytest.mark.slow
@@ -400,3 +411,63 @@ class TestFaults:
         found = [one.tested(seed) for seed in range(10)]
         assert sum(due <= {*each.failed} for each in found) >= 9
         assert sum(each.outcome == "violated" for each in found) >= 9
+
+    def test_the_same_coins_at_two_sites(self, case: Callable[[str], Case]) -> None:
+        for name in ("distributed", "site", "site, secagg"):
+            one = case(name)
+            found = self_test(one.config, one.priced, one.all_sites, lambda: Coins(bytes(32)))
+            assert "correlation of shares" in found.failed
+
+    def test_at_two_of_them_only(self, case: Callable[[str], Case]) -> None:
+        for seed in range(3):
+            one, make = case("distributed"), fixed(seed)
+            first, others = make().words(4).tobytes(), [make() for _ in range(6)]
+            # Each trial asks for five coins; the first two of each are of one key.
+            keys = [Coins(first), Coins(first), *others[:3], Coins(first), Coins(first)]
+            coins = iter([*keys, *others[3:]])
+            found = self_test(one.config, one.priced, 5, lambda coins=coins: next(coins))
+            assert "correlation of shares" in found.failed
+
+
+class TestGrid:
+    """What no noise that is drawn can show: that so much of it was priced."""
+
+    @pytest.mark.parametrize("name", ["distributed", "site, secagg"])
+    @pytest.mark.parametrize("sites", [1, 5])
+    def test_noise_for_all_sites_where_fewer_are_counted_on(
+        self, case: Callable[[str], Case], monkeypatch: Patch, name: str, sites: int
+    ) -> None:
+        one = case(name)
+        monkeypatch.setattr(Plan, "honest", property(lambda priced: priced.numbers.n))
+        with pytest.raises(ConformanceError, match=r"noise on the grid = .*: must be at least"):
+            one.tested(sites=sites)
+
+    def test_by_the_grid_s_own_count(self, case: Callable[[str], Case], monkeypatch: Patch) -> None:
+        one, real = case("distributed"), vector.choose_grid
+        monkeypatch.setattr(vector, "choose_grid", lambda *a: real(*a[:3], a[3] + 1))
+        with pytest.raises(ConformanceError, match="noise on the grid"):
+            one.tested()
+
+    def test_a_grid_that_ignores_how_many_coordinates_are_rounded(
+        self, case: Callable[[str], Case], monkeypatch: Patch
+    ) -> None:
+        one, real = case("distributed"), vector.choose_grid
+        monkeypatch.setattr(vector, "choose_grid", lambda z, c, _d, h: real(z, c, 1, h))
+        with pytest.raises(ConformanceError, match="noise on the grid"):
+            one.tested()
+
+    def test_only_of_a_vector_as_long_as_the_run_s(
+        self, case: Callable[[str], Case], monkeypatch: Patch
+    ) -> None:
+        one, real = case("distributed"), vector.choose_grid
+        monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, h: real(z, c, min(d, 10_000), h))
+        assert one.tested().outcome == "consistent"  # its own vectors are shorter
+        with pytest.raises(ConformanceError, match="noise on the grid"):
+            one.tested(parameters=1_000_000)
+
+    @pytest.mark.parametrize("count", [1, 10_000, 1_000_000])
+    def test_the_right_one_passes(self, case: Callable[[str], Case], count: int) -> None:
+        for name in ("distributed", "site, secagg"):
+            one = case(name)
+            share, grid = tested._check_grid(one.priced, count)
+            assert 0 < grid < share / 500
