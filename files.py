@@ -6,13 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+def replace_file(path: Path, content: bytes, mode: int = 0o666, *, sync: bool = True) -> None:
     """Writes a file in place of another, durably; a crash leaves the one or the other.
 
     Args:
         path: The file.
         content: All of it.
         mode: Its permissions, before the umask.
+        sync: Whether it must outlive a power cut, too; else it outlives the process.
 
     Raises:
         OSError: The disk refuses; the file is as it was or, if only the folder was not synced, new.
@@ -21,9 +22,10 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     with suppress(OSError):
         draft.unlink()  # one that a crash left would keep its permissions
     try:
-        _write(draft, content, os.O_TRUNC, mode)
+        _write(draft, content, os.O_TRUNC, mode, sync=sync)
         draft.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError:
         with suppress(OSError):
             draft.unlink()
@@ -74,9 +76,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
+def _write(path: Path, content: bytes, flag: int, mode: int, *, sync: bool = True) -> None:
     handle = os.open(path, os.O_CREAT | os.O_WRONLY | flag, mode)
     with os.fdopen(handle, "wb") as opened:
         opened.write(content)
         opened.flush()
-        os.fsync(opened.fileno())
+        if sync:
+            os.fsync(opened.fileno())

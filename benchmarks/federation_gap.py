@@ -53,8 +53,7 @@ def main() -> None:
             run = _run(ARMS[name], seed, report)
             found[name].append(_auroc(run, seed))
             seconds[name].append(run.metrics["seconds"]["total"])
-            if not report.as_json:
-                print(f"seed {seed}, {name}: {found[name][-1]:.4f}", flush=True)
+            print(f"seed {seed}, {name}: {found[name][-1]:.4f}", file=sys.stderr, flush=True)
     for name in arms:
         report.add(f"auroc_{name}", float(np.mean(found[name])))
         report.add(f"auroc_{name}_spread", max(found[name]) - min(found[name]))

@@ -5,7 +5,7 @@ The masks are timed beside Flower's own generator (as a site runs either: ours o
 the one that it knows; and both on one core), and on one core beside ChaCha20 and AES without
 blocks; a site's round beside its masks alone. TenSEAL gets an environment of its own under the
 user's cache, and the leanest parameters at a scale of 2^40 that a sum needs; without a network it
-is left out.
+is left out. A whole round over the local engine stands beside a plain one (`secure_grid.py`).
 """
 
 import json
@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from flwr.common.secure_aggregation.ndarrays_arithmetic import parameters_addition, parameters_mod
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from harness import Report, interleaved, start
+from secure_grid import over_plain_grid
 
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.secagg.aggregator import Aggregator
@@ -78,6 +79,7 @@ def main() -> None:
         length, repeats = (2_000_000, 1) if report.quick else (10_000_000, 5)
         ten_sites(report, Path(folder) / "ten", length, repeats)
         beside_ckks(report, Path(folder) / "small", 1_000_000, 2 if report.quick else 9)
+        over_plain_grid(report, Path(folder) / "grid", length, repeats)
         numbers, length = (TWENTY, 100_000) if report.quick else (HUNDRED, 1_000_000)
         many_sites(report, Path(folder) / "many", numbers, length)
     report.finish()

@@ -62,9 +62,11 @@ def _print_audit(path: Path, found: dict[str, Any]) -> None:
         for check in part["checks"]:
             low, high = (figure(check[end]) for end in ("low", "high"))
             typer.echo(
-                f"  {'ok' if check['passed'] else 'VIOLATED':8} {check['name']:28} "
+                f"  {'ok' if check['passed'] else 'VIOLATED':8} {check['name']:36} "
                 f"{figure(check['statistic']):>12} within {low} to {high}"
             )
+        if not part["ledgers"]:
+            typer.echo("  no ledger here: what the sites committed was not looked at")
         for ledger in part["ledgers"]:
             typer.echo(
                 f"  {'ok' if ledger['holds'] else 'VIOLATED':8} ledger of {ledger['site']}: "

@@ -237,7 +237,7 @@ def _check_conformance(run: Understood) -> None:
         ConformanceError: A check fails.
     """
     with _one_at_a_time:
-        tested = _tested(run.config, run.priced)
+        tested = _tested(run.config, run.priced, run.parameters)
     if tested.outcome == "violated":
         raise ConformanceError(
             f"self-test: {', '.join(tested.failed)}: is not as priced; do not run this code"
@@ -248,8 +248,8 @@ _one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=4)
-def _tested(config: RunConfig, priced: Plan) -> Tested:
-    return self_test(config, priced)
+def _tested(config: RunConfig, priced: Plan, parameters: int) -> Tested:
+    return self_test(config, priced, parameters=parameters)
 
 
 def asked_of(task: Task, run: Understood) -> Asked:

@@ -46,12 +46,14 @@ class Keys:
         pinned: Public identities by name, as they came out of band.
         folder: Where it keeps the state of each run.
         vault: 32 secret bytes that encrypt it.
+        durable: See `Vault`.
     """
 
     identity: Identity
     pinned: Mapping[str, bytes]
     folder: Path
     vault: bytes = field(repr=False)
+    durable: bool = True
 
 
 class SecureSite:
@@ -111,7 +113,8 @@ class SecureSite:
             check_name(run_id)
             keys = self.keys
             keys.folder.mkdir(parents=True, exist_ok=True)
-            vault = Vault(keys.folder / f"{run_id}.state", keys.vault, self.name, run_id)
+            path = keys.folder / f"{run_id}.state"
+            vault = Vault(path, keys.vault, self.name, run_id, durable=keys.durable)
             try:
                 party = Party(self.name, run_id, keys.identity, keys.pinned, vault, self._floor)
             except BaseException:

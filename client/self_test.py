@@ -6,7 +6,7 @@ and one with so little of it that clipping and sampling are seen sharply.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,9 +34,16 @@ from .training import clipped_update, gradient_sum
 
 STEPS = 30
 _NOISES = 120_000  # coordinates without records, over all steps: shows noise x 0.99
-# Noise multipliers of the trial of clipping and sampling, at most: few sites add an update each.
-_LITTLE, _LITTLE_OF_SITES = 0.5, 0.02
+_LITTLE = 0.02  # noise multiplier of the trial of clipping and sampling, at most
 _GAIN = 1000.0  # clipping norms that a record's gradient is long
+_OF_A_PERSON = 2  # records: one more than if a record were what is clipped and sampled
+# At most so many records, and so many sampled over all steps: of a rate very near to 0 or 1, which
+# takes more, the test is inconclusive.
+_MOST_RECORDS, _MOST_SAMPLED = 1 << 22, 100_000
+# Least clipping norm of a trial: a lesser one takes a finer grid than 32 bits have for its width.
+_LEAST_NORM = 1e-4
+
+_Committed = Mapping[str, tuple[int, ...]]
 
 
 class ConformanceError(FedveilError):
@@ -72,8 +79,8 @@ class Tested:
     def checks(self) -> tuple[Check, ...]:
         """All that count: of the first trial those of the noise."""
         of_noise = (check for check in self.noise.checks if check.conclusive)
-        others = (replace(one, name=f"{one.name}, little noise") for one in self.records.checks)
-        return (*of_noise, *others)
+        others = (one for one in self.records.checks if one.name != "ledger")  # the same one
+        return (*of_noise, *(replace(one, name=f"{one.name}, little noise") for one in others))
 
 
 def self_test(
@@ -81,6 +88,8 @@ def self_test(
     priced: Plan,
     sites: int = 1,
     make: Callable[[], Coins] = Coins.from_system,
+    *,
+    parameters: int = 0,
     alarm: float = ALARM,
 ) -> Tested:
     """Holds the installed code against a plan.
@@ -94,6 +103,8 @@ def self_test(
         sites: How many take part where noise is shared out: one tests its own share, all of
             `numbers.n` the sum.
         make: Gives each of them its coins.
+        parameters: Coordinates of the run's own update, whose grid is computed anew too; 0 if
+            they are not known.
         alarm: The false-alarm rate of both trials together.
 
     Raises:
@@ -101,29 +112,27 @@ def self_test(
     """
     if priced.epsilon is None:
         raise ConformanceError('privacy.mechanism = "none": adds no noise that could be tested')
-    most = _LITTLE_OF_SITES if priced.unit == "site" else _LITTLE
-    little = replace(priced, noise_multiplier=min(priced.noise_multiplier, most))
+    if priced.shares_noise and parameters:
+        _check_grid(priced, parameters)
+    priced = replace(priced, clipping_norm=max(priced.clipping_norm, _LEAST_NORM))
+    little = replace(priced, noise_multiplier=min(priced.noise_multiplier, _LITTLE))
+    committed = _committed(priced)
     return Tested(
-        judge(*trial(config, priced, sites, make, records=False), alarm / 2),
-        judge(*trial(config, little, sites, make, records=True), alarm / 2),
+        judge(*_trial(config, priced, sites, make, committed, records=False), alarm / 2),
+        judge(*_trial(config, little, sites, make, committed, records=True), alarm / 2),
     )
 
 
-def trial(
-    config: RunConfig, priced: Plan, sites: int, make: Callable[[], Coins], *, records: bool
+def _trial(
+    config: RunConfig,
+    priced: Plan,
+    sites: int,
+    make: Callable[[], Coins],
+    committed: _Committed,
+    *,
+    records: bool,
 ) -> tuple[Observed, Claim]:
-    """One trial: what was released, and what is claimed of it.
-
-    Args:
-        config: The run.
-        priced: The plan, its noise as it is to be tried.
-        sites: See `self_test`.
-        make: Gives each site its coins.
-        records: Whether there are enough records to see clipping and sampling, or hardly any.
-
-    Raises:
-        ConformanceError: The grid has less noise than was priced.
-    """
+    """What was released and what is claimed of it, with many records or hardly any."""
     claim, width = _claim(priced, sites, records=records)
     site_coins = [make() for _ in range(claim.sites)]
     steps = [_step(config, priced, claim, width, site_coins) for _ in range(claim.steps)]
@@ -131,39 +140,56 @@ def trial(
     if claim.sites > 1:
         shares = np.stack([own for _, own in steps], axis=1)[:, :, claim.slots :]
     released = np.stack([total for total, _ in steps])
-    return Observed(released, _committed(priced, claim), shares), claim
+    return Observed(released, committed, shares), claim
 
 
 def _claim(priced: Plan, sites: int, *, records: bool) -> tuple[Claim, int]:
     """What is claimed of a trial's releases, and how many coordinates they have."""
     of_sites, norm = priced.unit == "site", priced.clipping_norm
     rate = 1.0 if of_sites else priced.sampling_rate
-    per_commit = priced.releases_per_round
+    per_commit = _per_commit(priced)
     steps = per_commit * math.ceil(STEPS / per_commit)
     sigma, clip = _multiplier(priced) * norm, norm / CLIPPING_SLACK
     wanted = sizes(sigma, clip, rate, steps)
-    slots, each = (wanted.slots, wanted.records) if records else (1, 1)
+    most = min(_MOST_RECORDS, _MOST_SAMPLED / (steps * rate)) / wanted.slots
+    slots, each = (wanted.slots, min(wanted.records, int(most))) if records else (1, 1)
     width = slots + math.ceil(_NOISES / steps)
     if of_sites:
         sites = slots * each  # each adds one update
     shares = Shares(sites, 1) if of_sites and sites > 1 else None
     if priced.shares_noise:
-        block = _placed(priced, width).block
-        share, grid = block.sigma / block.scale, 1 / block.scale
-        _check_grid(priced, share, grid, width)
-        sigma = share * math.sqrt(priced.honest) if sites > 1 else share
-        shares = Shares(sites, min(sites, priced.honest), grid)
-    claim = Claim(sigma, clip, rate, slots, each, steps, 1 if of_sites else per_commit, shares)
+        share, grid = _check_grid(priced, width)
+        least = min(sites, _honest(priced))
+        sigma, shares = share * math.sqrt(least), Shares(sites, least, grid)
+    claim = Claim(sigma, clip, rate, slots, each, steps, per_commit, shares)
     return claim, width
+
+
+def _per_commit(priced: Plan) -> int:
+    """Releases that a commit pays for; of very many in a round only a part is tried."""
+    return min(priced.releases_per_round, STEPS)
 
 
 def _multiplier(priced: Plan) -> float:
     return priced.update_noise if priced.unit == "site" else priced.noise_multiplier
 
 
-def _check_grid(priced: Plan, share: float, grid: float, width: int) -> None:
-    """Computed anew: the honest sites' noise is what was priced, for the sum as it is rounded."""
-    variance = priced.honest * share**2 - 9 * grid**2
+def _honest(priced: Plan) -> int:
+    """n_min - t_collude, not taken from the plan's own sum."""
+    numbers = priced.numbers
+    return numbers.n_min - numbers.t_collude if numbers is not None else 1
+
+
+def _check_grid(priced: Plan, width: int) -> tuple[float, float]:
+    """A share's standard deviation and the grid's width, in units of the release.
+
+    Computed anew: the honest sites' noise is what was priced, for the sum as it is rounded
+    (`shared_noise`: a unit moves it by C and, rounded, by sqrt(d) steps more; nine steps squared of
+    the variance are not counted).
+    """
+    block = _placed(priced, width).block
+    share, grid = block.sigma / block.scale, 1 / block.scale
+    variance = _honest(priced) * share**2 - 9 * grid**2
     moved = priced.clipping_norm + math.sqrt(width) * grid
     least = _multiplier(priced) * moved
     if not variance >= least**2:
@@ -171,6 +197,7 @@ def _check_grid(priced: Plan, share: float, grid: float, width: int) -> None:
             f"noise on the grid = {math.sqrt(max(0.0, variance)):g}: must be at least {least:g}; "
             "do not run, the installed code is not what was priced"
         )
+    return share, grid
 
 
 def _placed(priced: Plan, width: int) -> vector.Placed:
@@ -215,7 +242,10 @@ def _own(
         update, _ = clipped_update({_WEIGHT: change}, priced.clipping_norm)
         scale = priced.update_noise * priced.clipping_norm
         return mechanism_of(priced).at_site(update, scale, coins)
-    records = Side(Batch(torch.full((len(mine), 1), gain), mine), torch.arange(len(mine)))
+    persons = torch.arange(len(mine))
+    if priced.unit == "person":
+        persons, mine = persons.repeat(_OF_A_PERSON), mine.repeat(_OF_A_PERSON)
+    records = Side(Batch(torch.full((len(mine), 1), gain), mine), persons)
     return gradient_sum(SLOTS, _Slots(width), records, config, priced, coins)
 
 
@@ -257,9 +287,9 @@ SLOTS = Family(
 """The synthetic family: its records are (gain, slot)."""
 
 
-def _committed(priced: Plan, claim: Claim) -> dict[str, tuple[int, ...]]:
+def _committed(priced: Plan) -> _Committed:
     """Debits the trial's releases from a ledger of its own; what that ledger then says."""
-    commits = claim.steps // claim.per_commit
+    commits = math.ceil(STEPS / _per_commit(priced))
     asked = order("self-test", "", "public-records", replace(priced, rounds=commits))
     with TemporaryDirectory(prefix="fedveil-") as folder:
         path = Path(folder) / "ledger.sqlite"

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from ..config import COMPATIBILITY, ConfigError, MechanismName, RunConfig, UnitName
+from ..config import COMPATIBILITY, ConfigError, EncryptionName, MechanismName, RunConfig, UnitName
 from .accounting import (
     AccountingError,
     Releases,
@@ -32,7 +32,7 @@ from .accounting import (
     pld_schedule,
 )
 from .secagg.errors import UnsafeNumbersError
-from .secagg.terms import Encryption, Numbers
+from .secagg.terms import Numbers
 from .shared_noise import slack
 
 Side = Literal["training", "holdout"]
@@ -100,7 +100,7 @@ class Plan:
 
     mechanism: MechanismName
     unit: UnitName
-    encryption: Encryption
+    encryption: EncryptionName
     numbers: Numbers | None
     against: str
     target_epsilon: float | None

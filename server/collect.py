@@ -206,6 +206,8 @@ def _each(channel: Channel, task: Task, ledgers: Ledgers) -> Collected:
     context = task_digest(packed)
 
     def unseal(site: int, reply: Update) -> Update:
+        if reply.arrays or reply.sums:
+            raise WireError("reply: has arrays, expected a sealed reply only")
         sealed = decode(SealedReply, reply.upload)
         if sealed.site != site_name(site):
             raise WireError("reply: is another site's")

@@ -201,6 +201,8 @@ class SecureSums:
             reply = read_reply(message)
             if isinstance(reply, Refused):
                 raise WireError(f"refused: {reply.code.value}")
+            if reply.arrays or reply.sums:
+                raise WireError("reply: has arrays, expected a masked vector only")
             upload = _read(Upload, reply)
             _check_sender(upload.uploaded.site, place)
             aggregator.add_upload(upload)

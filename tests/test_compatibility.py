@@ -15,7 +15,6 @@ from fedveil.config import (
     UnitName,
     validated,
 )
-from fedveil.privacy.secagg.terms import Numbers, check_encryption
 
 MECHANISMS: tuple[MechanismName, ...] = get_args(MechanismName)
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
@@ -114,20 +113,6 @@ def test_each_cell_is_accepted_or_refused_with_its_mend(
     mend, other = line.split("; use ")[1].split(", or privacy.mechanism = ")
     assert re.findall(r'"(\w+)"', mend) == TABLE[mechanism][k]
     assert re.findall(r'"(\w+)"', other) == others
-
-
-@pytest.mark.parametrize("encryption", ENCRYPTIONS)
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_what_a_run_may_ask_for_the_protocol_accepts(
-    mechanism: MechanismName, encryption: EncryptionName
-) -> None:
-    """Two homes of one rule, each for its own reader: they say the same."""
-    numbers = Numbers(10, 6, 9, 1) if encryption == "secagg" else None
-    if encryption in TABLE[mechanism][2]:
-        check_encryption(mechanism, encryption, numbers)
-    else:
-        with pytest.raises(ConfigError):
-            check_encryption(mechanism, encryption, numbers)
 
 
 class TestFewSites:

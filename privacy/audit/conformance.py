@@ -4,19 +4,43 @@ The run's own records and releases are not touched: the self-test runs a round's
 records, with fresh coins, by the run's plan; and the ledgers are held against the run's events.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...client.app import understand
 from ...client.self_test import Tested, self_test
 from ...config import FedveilError
+from ...data_prep.schema import schema_to_json
 from ...ledgers import find
 from ...run import Run
 from ...server.history import History, history
 from ...wire import site_name
 from ..ledger import verify
-from ..plan import Plan, plan
+from ..plan import Plan
+
+# Of a price, what the mechanism and the claim rest on.
+_PRICED = (
+    "mechanism",
+    "unit",
+    "encryption",
+    "numbers",
+    "epsilon",
+    "delta",
+    "clipping_norm",
+    "adaptive",
+    "noise_multiplier",
+    "sampling_rate",
+    "rounds",
+    "releases_per_round",
+    "evaluations",
+    "evaluation_noise",
+    "figures_noise",
+)
+# What only a simulated run's folder has.
+_SIMULATED = ("ledger", "sites")
 
 
 @dataclass(frozen=True)
@@ -82,19 +106,23 @@ def audit_conformance(run: Run) -> Conformance:
 
     Raises:
         FedveilError: The run folder is damaged, or the run was priced otherwise than this code
-            prices it: then it says nothing about that run.
+            prices it: then it says nothing about that run. Or a ledger does not hold.
         ConformanceError: The run has no mechanism.
     """
-    priced = plan(run.config)
+    config = run.config.shared().model_dump_json(by_alias=True)
+    understood = understand(config, schema_to_json(run.schema))
+    priced = understood.priced
     told = history(list(run.events()))
     _check_price(priced, told)
     sites = priced.numbers.n if priced.shares_noise and priced.numbers else 1
-    return Conformance(self_test(run.config, priced, sites), _debits(run, told))
+    tested = self_test(run.config, priced, sites, parameters=understood.parameters)
+    return Conformance(tested, _debits(run, told))
 
 
 def _check_price(priced: Plan, told: History) -> None:
-    for name in ("noise_multiplier", "sampling_rate", "clipping_norm", "evaluation_noise"):
-        now, then = priced.as_dict()[name], told.privacy.get(name)
+    prices = json.loads(json.dumps(priced.as_dict()))  # as events have it: lists, no tuples
+    for name in _PRICED:
+        now, then = prices[name], told.privacy.get(name)
         if now != then:
             raise FedveilError(
                 f"events.jsonl: privacy.{name} = {then}: this code prices the run at {now}; audit "
@@ -103,19 +131,20 @@ def _check_price(priced: Plan, told: History) -> None:
 
 
 def _debits(run: Run, told: History) -> tuple[Debits, ...]:
-    if not (run.path / "ledger").is_dir() and not run.config.data.ledger:
+    if not any((run.path / name).is_dir() for name in _SIMULATED):
         return ()
     asked = max([one.number for one in told.rounds] + list(told.lost), default=0)
     away: dict[str, int] = {}
     for absence in told.absences:
         name = site_name(absence.site)
         away[name] = away.get(name, 0) + len(absence.rounds)
+    files = {path.stem: path for path in find(run.path)}
     found = []
-    for path in find(run.path):
-        book = verify(path).books.runs.get(told.run_id)
-        took_part = len(told.rounds) - away.get(path.stem, 0)
+    for name in (site_name(number) for number in range(1, told.sites + 1)):
+        # Of a ledger that is not there nothing was committed.
+        book = verify(files[name]).books.runs.get(told.run_id) if name in files else None
         made = book.made.get("rounds", 0) if book else 0
-        found.append(Debits(path.stem, made, took_part, asked))
+        found.append(Debits(name, made, len(told.rounds) - away.get(name, 0), asked))
     return tuple(found)
 
 

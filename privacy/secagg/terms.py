@@ -8,9 +8,9 @@ signature, associated data and key derivation has one of them in it, the last wh
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar
 
-from ...config import ConfigError, least_threshold
+from ...config import least_threshold
 from .encoding import MAX_WORDS, Hash, Index, Key, Many, Name, Number, Real, encode
 from .errors import (
     BelowFloorError,
@@ -128,47 +128,6 @@ class Floor:
                 raise BelowFloorError(
                     f"{name} = {found}: expected at least {least}, as this site's policy asks"
                 )
-
-
-Encryption = Literal["none", "sealed", "secagg"]
-_MECHANISMS = ("none", "central", "local", "site", "distributed")
-
-
-def check_encryption(mechanism: str, encryption: Encryption, numbers: Numbers | None) -> None:
-    """Which mechanism goes with which encryption of the replies.
-
-    A noise share hides nothing by itself: under `distributed` only the sum may be seen. Under the
-    other mechanisms each reply is noised in full before it leaves, or is meant for the server's
-    eyes, or is not noised at all, and any encryption will do. (`site` shares its noise out under
-    `secagg` and adds all of it at each site otherwise.) Under any of them a site that uploads has
-    debited a ledger, for its count must grow.
-
-    Args:
-        mechanism: A mechanism's name.
-        encryption: `none`, `sealed` (see `sealed.py`) or `secagg`.
-        numbers: Those of `secagg`; nothing otherwise.
-
-    Raises:
-        ConfigError: They do not go together.
-        UnsafeNumbersError: Noise cannot be shared out by these numbers.
-    """
-    if mechanism not in _MECHANISMS:
-        raise ConfigError(f"privacy.mechanism = {mechanism}: expected {', '.join(_MECHANISMS)}")
-    if encryption not in get_args(Encryption):
-        expected = ", ".join(get_args(Encryption))
-        raise ConfigError(f"aggregation.encryption = {encryption}: expected {expected}")
-    if (encryption == "secagg") != (numbers is not None):
-        raise ConfigError(
-            f"aggregation.encryption = {encryption}: n, t, n_min, t_collude go with "
-            "secagg, and only with it"
-        )
-    if mechanism == "distributed" and numbers is None:
-        raise ConfigError(
-            f"aggregation.encryption = {encryption}: privacy.mechanism = {mechanism} adds a share "
-            "of the noise at each site, which protects nothing but their sum; set it to secagg"
-        )
-    if numbers is not None and mechanism in {"distributed", "site"}:
-        numbers.noise_share(1.0)
 
 
 @dataclass(frozen=True)

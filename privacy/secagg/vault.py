@@ -22,7 +22,9 @@ _MAGIC = b"FVST\x01"
 class Vault:
     """One process's hold on the state of one site in one run; a `state.Store`."""
 
-    def __init__(self, path: Path, key: bytes, site: str, run: str) -> None:
+    def __init__(
+        self, path: Path, key: bytes, site: str, run: str, *, durable: bool = True
+    ) -> None:
         """Takes hold of it; a file is made by the first `save`.
 
         Args:
@@ -30,6 +32,8 @@ class Vault:
             key: 32 secret bytes that never leave the site.
             site: Whose state.
             run: Of which run.
+            durable: Whether what is saved outlives a power cut: it must, but where no run goes on
+                with the state that a process before it left.
 
         Raises:
             StateInUseError: Another process or object holds it: two could send two vectors.
@@ -38,7 +42,7 @@ class Vault:
         """
         if len(key) != 32:
             raise ValueError(f"key = {len(key)} bytes: must be 32 secret bytes")
-        self._path, self._key = path, key
+        self._path, self._key, self._durable = path, key, durable
         self._process, self._one_at_a_time = os.getpid(), Lock()
         self._about = digest("vault", site.encode(), run.encode())
         try:
@@ -106,7 +110,7 @@ class Vault:
         nonce = system_entropy(NONCE_BYTES)
         sealed = _MAGIC + nonce + seal(self._key, nonce, content, self._about)
         try:
-            replace_file(self._path, sealed, mode=0o600)
+            replace_file(self._path, sealed, mode=0o600, sync=self._durable)
         except OSError as error:
             raise LostStateError(f"{self._path}: {error.strerror}; check the disk") from None
 

@@ -36,6 +36,7 @@ from ..rounds import Observer
 from ..store import Event
 
 _IDENTITY, _VAULT = "SIMULATED-identity.key", "SIMULATED-vault.key"
+_STATES = "secagg"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def _policy(config: RunConfig, name: str, folder: Path) -> Policy:
 def pin_identities(sites: int, folder: Path) -> None:
     """Gives each simulated site an identity, and pins them all: what provisioning does elsewhere.
 
+    What sites kept of secure sums before goes: with its server's process each epoch has ended.
+
     Raises:
         UnavailableError: They cannot be written.
     """
@@ -148,6 +151,8 @@ def pin_identities(sites: int, folder: Path) -> None:
             name = site_name(number)
             own = folder / "sites" / name
             own.mkdir(parents=True, exist_ok=True)
+            for left in (own / _STATES).glob("*.state"):
+                left.unlink()
             known[name] = Identity(_secret(own / _IDENTITY)).public.hex()
         text = tomli_w.dumps({"identities": known})
         replace_file(folder / IDENTITIES, text.encode())
@@ -160,7 +165,8 @@ def _keys(name: str, folder: Path) -> Keys:
     identity = Identity(_secret(own / _IDENTITY))
     # Without pins nobody is known, and no secure sum begins.
     pinned = read_identities(pins) if pins.exists() else {name: identity.public}
-    return Keys(identity, pinned, own / "secagg", _secret(own / _VAULT))
+    # It need not outlive a power cut: see `pin_identities`.
+    return Keys(identity, pinned, own / _STATES, _secret(own / _VAULT), durable=False)
 
 
 def _secret(path: Path) -> bytes:

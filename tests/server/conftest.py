@@ -4,9 +4,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,28 +16,34 @@ import torch
 
 from fedveil.client import secure as client_secure
 from fedveil.client.app import client_app
-from fedveil.client.site import Site
 from fedveil.config import RunConfig
-from fedveil.data_prep import run_schema
+from fedveil.data_prep import modality, run_schema
 from fedveil.flower import Message
 from fedveil.models import family
 from fedveil.models.layers import initialise
 from fedveil.models.metrics import exam_to_arrays
 from fedveil.models.state import to_arrays
 from fedveil.privacy import vector
+from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import plan
+from fedveil.server import coordinator as coordinator_module
 from fedveil.server.collect import open_channel
 from fedveil.server.evaluation import questions
 from fedveil.server.replies import Collected
 from fedveil.server.secure import Sum
+from fedveil.server.simulation import sites as simulated
 from fedveil.server.simulation.local import local_grid
 from fedveil.server.simulation.recorder import Alter, Crossing, RecordingGrid, passed_on
 from fedveil.server.simulation.sites import load_shards, pin_identities, simulated_site
 from fedveil.server.store import RunFolder
 from fedveil.wire import Task
 
+if TYPE_CHECKING:
+    from fedveil.client.site import Site
+
 RUN = f"{7:016x}"
+RECORDS = 30
 
 
 @dataclass(frozen=True)
@@ -60,15 +68,13 @@ class World:
         config: RunConfig,
         folder: Path,
         stack: ExitStack,
-        entropy: Callable[[int], Coins] | None,
         change: Callable[[Any], Any],
     ) -> None:
-        self.config, self.folder, self._entropy = config.resolved(), folder, entropy
+        self.config, self.folder = config.resolved(), folder
         self.schema, self.plan = run_schema(self.config), plan(self.config)
         self.alter: Alter = passed_on
         self.made: dict[int, list[Made]] = {}
         self.sums: list[Sum] = []
-        self._local = threading.local()
         folder.mkdir(parents=True, exist_ok=True)
         RunFolder(folder).describe(self.config, self.schema)
         self._shards = load_shards(self.config, self.schema)
@@ -80,18 +86,23 @@ class World:
         stack.callback(lambda: [site.close() for site in self.sites.values()])
         app = client_app(lambda context: self.sites[context.node_id])
         inner = stack.enter_context(local_grid(app, list(self.sites), int(RUN, 16)))
-        self.grid = RecordingGrid(inner, lambda crossing: self.alter(crossing))
+        self.grid = RecordingGrid(inner, self._altered)
         kind = family(self.config.model.family)
         self.module = kind.build(self.config.model, self.schema)
         initialise(self.module, torch.Generator().manual_seed(0))
         self.model = to_arrays(self.module)
         self.channel = self.open()
 
+    def _altered(self, crossing: Crossing) -> Message | None:
+        return self.alter(crossing)
+
     def start(self, number: int) -> None:
         """A site's process begins, on the files that it may have left."""
         if number in self.sites:
             self.sites[number].close()
-        raw, records = self._shards.parts[number - 1], self._shards.report.records
+        records = self._shards.report.records
+        few = np.arange(RECORDS)  # a round then takes a moment
+        raw = modality(self.schema).take(self._shards.parts[number - 1], few)
         site = simulated_site(number, self._change(raw), self.folder, self.config, records)
         site.coins = Coins(bytes([number]) * 32)
         self.sites[number] = site
@@ -113,7 +124,7 @@ class World:
         if channel.secure is not None:
             collect = channel.secure.collect
 
-            def kept(*arguments: Any) -> Sum:
+            def kept(*arguments: Any) -> Sum:  # noqa: ANN401
                 self.sums.append(collect(*arguments))
                 return self.sums[-1]
 
@@ -159,7 +170,8 @@ class World:
     def entries(self, number: int) -> dict[str, int]:
         """How many releases of each part a site's ledger has committed for the run."""
         books = self.sites[number]._budget.ledger.read()
-        return dict(books.runs[RUN].made) if RUN in books.runs else {}
+        made = books.runs[RUN].made if RUN in books.runs else {}
+        return {part: count for part, count in made.items() if count}
 
     def crossed(self, site: int, action: str, *, down: bool) -> list[Crossing]:
         """What crossed, in order."""
@@ -180,55 +192,100 @@ class World:
 
         self.alter = alter
 
-    # What is looked at where the site makes its vector.
 
-    def words(
-        self,
-        made_by: Callable[..., np.ndarray],
-        parts: Any,  # noqa: ANN401
-        blocks: Any,  # noqa: ANN401
-        numbers: Any,  # noqa: ANN401
-        coins: Coins,
-    ) -> np.ndarray:
+class _Made:
+    """Looks at each vector where its site makes it, and says whose it is by its coins."""
+
+    def __init__(self, worlds: list[World]) -> None:
+        self._worlds, self._local = worlds, threading.local()
+
+    def words(self, parts: Any, blocks: Any, numbers: Any, coins: Coins) -> np.ndarray:  # noqa: ANN401
         self._local.clear = []
-        made = made_by(parts, blocks, numbers, coins)
-        [site] = [number for number, one in self.sites.items() if one.coins is coins]
+        made = _WORDS(parts, blocks, numbers, coins)
         clear = np.concatenate(self._local.clear)
-        self.made.setdefault(site, []).append(Made(made.copy(), clear))
+        for world in self._worlds:
+            for number, site in world.sites.items():
+                if site.coins is coins:
+                    world.made.setdefault(number, []).append(Made(made.copy(), clear))
         return made
 
-    def quantised(self, by: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:  # noqa: ANN401
-        found = by(*arguments)
+    def quantise(self, *arguments: Any) -> np.ndarray:  # noqa: ANN401
+        found = _QUANTISE(*arguments)
         self._local.clear.append(found.copy())
         return found
+
+
+def noon() -> datetime:
+    """A clock that stands, so that equal ledgers have equal heads."""
+    return datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+class _Entropy:
+    """Fixed coins in place of the system's."""
+
+    def __init__(self, key: bytes) -> None:
+        self._coins = Coins(key.ljust(32, b"."))
+
+    def __call__(self, count: int) -> bytes:
+        return self._coins.words(-(-count // 8)).tobytes()[:count]
+
+    def token_hex(self, count: int) -> str:
+        return self(count).hex()
+
+
+def _fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes all chance out of what follows, but for the nonces of files that stay at a site."""
+    secret = _Entropy(b"files")
+    monkeypatch.setattr(simulated, "secrets", secret)
+    monkeypatch.setattr(coordinator_module, "secrets", secret)
+    monkeypatch.setattr(
+        simulated,
+        "Ledger",
+        SimpleNamespace(
+            create=partial(Ledger.create, clock=noon), open=partial(Ledger.open, clock=noon)
+        ),
+    )
+
+    def party(name: str, *others: Any) -> Any:  # noqa: ANN401
+        return _PARTY(name, *others, _Entropy(name.encode()))
+
+    monkeypatch.setattr(client_secure, "Party", party)
 
 
 @pytest.fixture
 def open_world(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., RunConfig]
 ) -> Iterator[Callable[..., World]]:
-    """Makes federations of four sites of which three must stay and one may collude."""
+    """Makes federations of four sites of which three must stay and one may collude.
+
+    With `fixed`, equal ones are equal to the byte; `change` alters the sites' raw records.
+    """
+    worlds: list[World] = []
+    look = _Made(worlds)
     with ExitStack() as stack:
 
         def make(
             name: str = "run",
             *,
-            entropy: Callable[[int], Coins] | None = None,
+            fixed: bool = False,
             change: Callable[[Any], Any] = lambda raw: raw,
             **sections: dict[str, Any],
         ) -> World:
-            options = {
+            options: dict[str, dict[str, Any]] = {
                 "federation": {"sites": 4, "rounds": 5},
                 "privacy": {"mechanism": "distributed", "epsilon": 4.0, "sampling_rate": 1.0},
                 "evaluation": {"samples": 100, "every": 1},
             }
             for section, values in sections.items():
                 options[section] = {**options.get(section, {}), **values}
-            world = World(make_config(**options), tmp_path / name, stack, entropy, change)
-            monkeypatch.setattr(vector, "words", partial(world.words, _WORDS))
-            monkeypatch.setattr(vector, "quantise", partial(world.quantised, _QUANTISE))
+            if fixed:
+                _fix(monkeypatch)
+            world = World(make_config(**options), tmp_path / name, stack, change)
+            worlds.append(world)
             return world
 
+        monkeypatch.setattr(vector, "words", look.words)
+        monkeypatch.setattr(vector, "quantise", look.quantise)
         yield make
 
 

@@ -7,12 +7,11 @@ others go on where enough remain.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fedveil.config import ConfigError
 from fedveil.privacy.secagg.encoding import decode, encode
 from fedveil.privacy.secagg.errors import (
     AliveAndDeadError,
@@ -71,7 +70,6 @@ from fedveil.privacy.secagg.terms import (
     Numbers,
     Opening,
     Setup,
-    check_encryption,
 )
 from fedveil.privacy.secagg.views import check_confirmed
 
@@ -1098,46 +1096,6 @@ class TestMaskedWords:
         session.round(vectors)
         session.round(vectors)
         assert (sent[0].vector == sent[1].vector).sum() <= 3  # by chance less than 1e-27
-
-
-class TestMechanismsAndEncryptions:
-    """The matrix: what is allowed and what is refused."""
-
-    NUMBERS = Numbers(10, 7, 9, 1)
-    ALLOWED: ClassVar = {
-        "none": ("none", "sealed", "secagg"),
-        "central": ("none", "sealed", "secagg"),
-        "local": ("none", "sealed", "secagg"),
-        "site": ("none", "sealed", "secagg"),
-        "distributed": ("secagg",),
-    }
-
-    @pytest.mark.parametrize("encryption", ["none", "sealed", "secagg"])
-    @pytest.mark.parametrize("mechanism", ALLOWED)
-    def test_each_cell(self, mechanism: str, encryption: Any) -> None:  # noqa: ANN401
-        numbers = self.NUMBERS if encryption == "secagg" else None
-        if encryption in self.ALLOWED[mechanism]:
-            check_encryption(mechanism, encryption, numbers)
-        else:
-            with pytest.raises(ConfigError, match="set it to secagg"):
-                check_encryption(mechanism, encryption, numbers)
-
-    @pytest.mark.parametrize("mechanism", ["distributed", "site"])
-    def test_shared_noise_needs_a_colluder_in_its_numbers(self, mechanism: str) -> None:
-        with pytest.raises(UnsafeNumbersError, match="shared noise expects t_collude >= 1"):
-            check_encryption(mechanism, "secagg", Numbers(4, 3, 3, 0))
-        check_encryption("central", "secagg", Numbers(4, 3, 3, 0))
-
-    def test_wrong_calls(self) -> None:
-        unknown: Any = "rot13"
-        with pytest.raises(ConfigError, match=r"encryption = rot13: expected none, sealed, secagg"):
-            check_encryption("local", unknown, None)
-        with pytest.raises(ConfigError, match=r"privacy\.mechanism = gauss: expected none, "):
-            check_encryption("gauss", "secagg", self.NUMBERS)
-        with pytest.raises(ConfigError, match="go with secagg, and only with it"):
-            check_encryption("local", "sealed", self.NUMBERS)
-        with pytest.raises(ConfigError, match="go with secagg, and only with it"):
-            check_encryption("local", "secagg", None)
 
 
 def test_every_refusal_has_a_type_and_a_meaning_of_its_own() -> None:
