@@ -15,6 +15,7 @@ from fedveil.config import (
     UnitName,
     validated,
 )
+from fedveil.privacy.secagg.terms import Numbers
 
 MECHANISMS: tuple[MechanismName, ...] = get_args(MechanismName)
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)

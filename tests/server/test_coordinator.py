@@ -8,6 +8,7 @@ import pytest
 from fedveil.config import FedveilError
 from fedveil.privacy.secagg.keys import is_signed
 from fedveil.server.coordinator import coordinator
+from fedveil.wire import run_statement
 
 
 def test_it_is_the_same_as_long_as_the_folder_is(tmp_path: Path) -> None:
@@ -65,3 +66,26 @@ def test_of_two_at_once_either_is_taken(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(os, "link", too_late)
         found = coordinator(tmp_path)
     assert found.identity.public == theirs.identity.public
+
+
+def test_signing_and_sealing_keys_are_two(tmp_path: Path) -> None:
+    made = coordinator(tmp_path)
+    text = (tmp_path / "coordinator.key").read_text(encoding="ascii").strip()
+    assert text[:64] != text[64:]
+    assert made.sealing.hex() == text[64:]
+
+
+def test_what_it_signs_is_one_run(tmp_path: Path) -> None:
+    made = coordinator(tmp_path)
+    statement = run_statement("run", "config", "schema", made.aggregator)
+    signature = made.identity.sign(statement)
+    assert is_signed(made.identity.public, statement, signature)
+    for other in (
+        run_statement("runx", "config", "schema", made.aggregator),
+        run_statement("run", "configx", "schema", made.aggregator),
+        run_statement("run", "config", "schemax", made.aggregator),
+        run_statement("run", "config", "schema", made.aggregator + b"x"),
+        # What one part ends with is not what the next one begins with.
+        run_statement("runc", "onfig", "schema", made.aggregator),
+    ):
+        assert not is_signed(made.identity.public, other, signature)
