@@ -76,7 +76,7 @@ class Policy(Options):
     )
 
     self_test: bool = Field(
-        True,
+        default=True,
         description="Whether the site tests the mechanism of its installed code before a run, and "
         "refuses if it is not as priced; about a second.",
     )
