@@ -33,8 +33,8 @@ from .site import Side
 from .training import clipped_update, gradient_sum
 
 STEPS = 30
-# Coordinates without records, over all steps, in the trial of the noise (they show noise x 0.99) and
-# in the other one, where each costs as much as a coordinate of every record's gradient.
+# Coordinates without records, over all steps, in the trial of the noise (they show noise x 0.99),
+# and in the other one, where each costs as much as a coordinate of every record's gradient.
 _NOISES, _FEW_NOISES = 120_000, 15_000
 _LITTLE = 0.02  # noise multiplier of the trial of clipping and sampling, at most
 _GAIN = 1000.0  # clipping norms that a record's gradient is long
