@@ -1,8 +1,10 @@
 """`fedveil audit`: one line for each fault, plain facts otherwise."""
 
+import gc
 import json
 import shutil
 import sqlite3
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import fedveil
+from fedveil.client.self_test import Tested as Found
 from fedveil.config import RunConfig
 from fedveil.privacy.audit import conformance
 from fedveil.privacy.conformance.claim import Check
@@ -116,7 +119,12 @@ def secure_run(tmp_path_factory: pytest.TempPathFactory) -> fedveil.Run:
         "policy": {"self_test": False},
     }
     out = tmp_path_factory.mktemp("runs") / "secure"
-    return fedveil.simulate(RunConfig.model_validate(raw), out=out)
+    with warnings.catch_warnings():
+        # The server leaves its transcript to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        run = fedveil.simulate(RunConfig.model_validate(raw), out=out)
+        gc.collect()
+    return run
 
 
 @pytest.fixture
@@ -130,7 +138,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-test is not what is tested: it passes, and one of its bounds is infinite."""
     check = Check("clipping bound", 1.0, -float("inf"), 1.5, True, "late", 0.5, float("inf"))
     verdict = Verdict("consistent", 5e-4, (check,))
-    tested = conformance.Tested(verdict, verdict)
+    tested = Found(verdict, verdict)
     monkeypatch.setattr(conformance, "self_test", lambda *_, **__: tested)
 
 
@@ -152,9 +160,8 @@ class TestRun:
             f"{finished_run.path}: conformance consistent (false alarms at most 0.001)"
         )
         assert all(line.startswith("  ok  ") for line in checks)
-        assert (
+        assert checks[-1] == (
             "  ok       ledger of site-003: 2 rounds committed, in 2 of the run's, 2 asked for"
-            in (checks)
         )
         names = {line[11:47].strip() for line in checks}
         assert {"noise", "slot mean, little noise", "rate, little noise"} <= names
@@ -222,7 +229,6 @@ class TestRun:
     def test_a_ledger_that_was_tampered_with(self, call: Call, copied: Path) -> None:
         ledger = copied / "ledger" / "site-002.sqlite"
         with closing(sqlite3.connect(ledger)) as opened, opened:
-            opened.execute("DROP TRIGGER IF EXISTS no_delete")
             for (name,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'"):
                 opened.execute(f'DROP TRIGGER "{name}"')
             opened.execute("DELETE FROM entries WHERE sequence = 3")
@@ -244,7 +250,7 @@ class TestRun:
     def test_all_of_them(self, call: Call, copied: Path) -> None:
         shutil.rmtree(copied / "ledger")
         result = call("audit", "run", copied)
-        assert (result.code, result.out) == (1 if result.code == 1 else 2, "")
+        assert (result.code, result.out) == (2, "")
         assert result.err.startswith(f"error: {copied}: holds no ledger")
 
     @pytest.mark.usefixtures("passes")

@@ -15,7 +15,7 @@ import torch
 
 from fedveil.client import app as client_module
 from fedveil.client.app import client_app
-from fedveil.client.self_test import ConformanceError
+from fedveil.client.self_test import ConformanceError, self_test
 from fedveil.client.site import Budget, Site
 from fedveil.config import Policy, RunConfig
 from fedveil.data_prep import run_schema
@@ -29,6 +29,7 @@ from fedveil.privacy import vector
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.limits import Lifetime
 from fedveil.privacy.noise import Coins
+from fedveil.privacy.shared_noise import choose_grid
 from fedveil.wire import NO_LEDGER, TRAIN, Refusal, Refused, Task, pack, read_reply
 
 MakeConfig = Callable[..., RunConfig]
@@ -148,7 +149,7 @@ class TestConformance:
         task = task_for(config)
         understood = client_module.understand(task.config, task.schema)
         client_module._check_conformance(understood)
-        real = vector.choose_grid
+        real = choose_grid
         monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, h: real(z, c, min(d, 9999), h))
         client_module._check_conformance(replace(understood, parameters=9999))
         with pytest.raises(ConformanceError, match="noise on the grid"):
@@ -158,7 +159,7 @@ class TestConformance:
         self, priced: RunConfig, ask: Ask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         made: list[RunConfig] = []
-        real = client_module.self_test
+        real = self_test
 
         def counted(config: RunConfig, *rest: Any, **options: Any) -> Any:  # noqa: ANN401
             made.append(config)
@@ -196,7 +197,7 @@ class TestConformance:
     ) -> None:
         monkeypatch.setattr(client_module, "self_test", unreachable)
         site = ask()
-        site.site.policy = Policy(mechanisms=["distributed"])
+        site.site.policy = Policy(mechanisms=("distributed",))
         assert site.answer(task_for(priced)) is Refusal.MECHANISM
 
 
