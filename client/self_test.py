@@ -33,7 +33,9 @@ from .site import Side
 from .training import clipped_update, gradient_sum
 
 STEPS = 30
-_NOISES = 120_000  # coordinates without records, over all steps: shows noise x 0.99
+# Coordinates without records, over all steps, in the trial of the noise (they show noise x 0.99),
+# and in the other one, where each costs as much as a coordinate of every record's gradient.
+_NOISES, _FEW_NOISES = 120_000, 15_000
 _LITTLE = 0.02  # noise multiplier of the trial of clipping and sampling, at most
 _GAIN = 1000.0  # clipping norms that a record's gradient is long
 _OF_A_PERSON = 2  # records: one more than if a record were what is clipped and sampled
@@ -42,7 +44,8 @@ _OF_A_PERSON = 2  # records: one more than if a record were what is clipped and 
 _MOST_RECORDS, _MOST_SAMPLED = 1 << 22, 100_000
 # Least clipping norm of a trial: a lesser one takes a finer grid than 32 bits have for its width.
 _LEAST_NORM = 1e-4
-
+# Checks whose sharpness is the first trial's business.
+_SCALES = {"noise", "accounted noise", "share"}
 _Committed = Mapping[str, tuple[int, ...]]
 
 
@@ -67,8 +70,8 @@ class Tested:
         """Violated if either is; what noise drowns in the one, the other sees."""
         if "violated" in {self.noise.outcome, self.records.outcome}:
             return "violated"
-        weak = {"noise"} & {*self.noise.weak}
-        return "inconclusive" if weak or self.records.outcome != "consistent" else "consistent"
+        weak = (_SCALES & {*self.noise.weak}) | ({*self.records.weak} - _SCALES)
+        return "inconclusive" if weak else "consistent"
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -77,9 +80,11 @@ class Tested:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """All that count: of the first trial those of the noise."""
-        of_noise = (check for check in self.noise.checks if check.conclusive)
-        others = (one for one in self.records.checks if one.name != "ledger")  # the same one
+        """All that count: each of the trial that sees what it is for, and all that failed."""
+        # What is debited is the same for both.
+        skipped = {"ledger", *_SCALES}
+        of_noise = (one for one in self.noise.checks if one.conclusive or not one.passed)
+        others = (one for one in self.records.checks if one.name not in skipped or not one.passed)
         return (*of_noise, *(replace(one, name=f"{one.name}, little noise") for one in others))
 
 
@@ -153,7 +158,7 @@ def _claim(priced: Plan, sites: int, *, records: bool) -> tuple[Claim, int]:
     wanted = sizes(sigma, clip, rate, steps)
     most = min(_MOST_RECORDS, _MOST_SAMPLED / (steps * rate)) / wanted.slots
     slots, each = (wanted.slots, min(wanted.records, int(most))) if records else (1, 1)
-    width = slots + math.ceil(_NOISES / steps)
+    width = slots + math.ceil((_FEW_NOISES if records else _NOISES) / steps)
     if of_sites:
         sites = slots * each  # each adds one update
     shares = Shares(sites, 1) if of_sites and sites > 1 else None

@@ -114,9 +114,10 @@ def audit_conformance(run: Run) -> Conformance:
     priced = understood.priced
     told = history(list(run.events()))
     _check_price(priced, told)
+    debits = _debits(run, told)
     sites = priced.numbers.n if priced.shares_noise and priced.numbers else 1
     tested = self_test(run.config, priced, sites, parameters=understood.parameters)
-    return Conformance(tested, _debits(run, told))
+    return Conformance(tested, debits)
 
 
 def _check_price(priced: Plan, told: History) -> None:
