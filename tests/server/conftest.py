@@ -27,6 +27,8 @@ from fedveil.privacy import vector
 from fedveil.privacy.ledger import Ledger
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import plan
+from fedveil.privacy.secagg.quantise import quantise
+from fedveil.privacy.secagg.site import Site as Party
 from fedveil.server import coordinator as coordinator_module
 from fedveil.server.collect import open_channel
 from fedveil.server.evaluation import questions
@@ -83,7 +85,7 @@ class World:
         self.sites: dict[int, Site] = {}
         for number in range(1, self.config.federation.sites + 1):
             self.start(number)
-        stack.callback(lambda: [site.close() for site in self.sites.values()])
+        stack.callback(self.close)
         app = client_app(lambda context: self.sites[context.node_id])
         inner = stack.enter_context(local_grid(app, list(self.sites), int(RUN, 16)))
         self.grid = RecordingGrid(inner, self._altered)
@@ -92,6 +94,11 @@ class World:
         initialise(self.module, torch.Generator().manual_seed(0))
         self.model = to_arrays(self.module)
         self.channel = self.open()
+
+    def close(self) -> None:
+        """All sites' processes end."""
+        for site in self.sites.values():
+            site.close()
 
     def _altered(self, crossing: Crossing) -> Message | None:
         return self.alter(crossing)
@@ -128,21 +135,22 @@ class World:
                 self.sums.append(collect(*arguments))
                 return self.sums[-1]
 
-            channel.secure.collect = kept  # type: ignore[method-assign]
+            channel.secure.collect = kept  # type: ignore[method-assign, assignment]
         self.channel = channel
         return channel
 
     def task(self, number: int, evaluation: int = 0, **changes: Any) -> Task:  # noqa: ANN401
         """What a round or an evaluation asks for; the model is the same in each."""
         exam = questions(self.model, self.config, self.schema) if evaluation else None
-        values = {
+        values: dict[str, Any] = {
             "round": number,
             "evaluation": evaluation,
             "arrays": self.model if number else {},
             "released": self.model if exam else {},
             "exam": exam_to_arrays(exam) if exam else {},
         }
-        return replace(self.channel.question(self.plan.clipping_norm), **(values | changes))
+        asked: Task = self.channel.question(self.plan.clipping_norm)
+        return replace(asked, **(values | changes))
 
     def ask(
         self,
@@ -246,8 +254,9 @@ def _fix(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
 
-    def party(name: str, *others: Any) -> Any:  # noqa: ANN401
-        return _PARTY(name, *others, _Entropy(name.encode()))
+    def party(name: str, *others: object) -> Party:
+        make: Callable[..., Party] = _PARTY
+        return make(name, *others, _Entropy(name.encode()))
 
     monkeypatch.setattr(client_secure, "Party", party)
 
@@ -289,5 +298,4 @@ def open_world(
         yield make
 
 
-_WORDS, _QUANTISE = vector.words, vector.quantise
-_PARTY = client_secure.Party
+_WORDS, _QUANTISE, _PARTY = vector.words, quantise, Party

@@ -173,7 +173,8 @@ class Runs:
     """Whole simulations behind a recorder that may lose or alter what passes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, config: RunConfig, out: Path) -> None:
-        self.config, self.out, self.alter = config, out, passed_on
+        self.config, self.out = config, out
+        self.alter: Alter = passed_on
         self.sites: Mapping[int, Site] = {}
         self.grid: RecordingGrid | None = None
         self.crossings: list[Crossing] = []

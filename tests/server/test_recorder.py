@@ -48,6 +48,7 @@ from fedveil.wire import (
     read_reply,
     read_step,
     read_task,
+    to_bytes,
 )
 
 # Of an order that Opacus does not use; `privacy.accounting` ignores it, pytest forgets that.
@@ -132,7 +133,7 @@ class Reader:
             return
         step = read_step(crossing.content)
         assert step.run_id == self.world.channel.run_id
-        body = decode(STEPS[crossing.action][0], step.body)
+        body: Any = decode(STEPS[crossing.action][0], step.body)
         assert encode(body) == step.body
         if isinstance(body, Setup):
             self.setup = body
@@ -195,25 +196,26 @@ class Reader:
             asked = read_task(self.world.crossed(site, crossing.action, down=True)[-1].content)
             assert reply.run_id == asked.run_id
             assert (reply.round, reply.evaluation) in self.world.asked
-            kind, bytes_ = Upload, reply.upload
+            kind: type = Upload
+            bytes_ = reply.upload
         else:
             assert set(content) == {"facts", "step"}
             assert set(content["facts"]) == {"run-id"}
             step = read_step(content)
             assert step.run_id == self.world.channel.run_id
             kind, bytes_ = STEPS[crossing.action][1], step.body
-        body = decode(kind, bytes_)
+        body: Any = decode(kind, bytes_)
         assert encode(body) == bytes_  # there is nothing behind, or in between
         assert set(leaves(body)) <= MAY_CROSS[kind], kind.__name__
         self.sent[kind, site] = body
-        check = {
+        checks: dict[type, Callable[[int, Any], None]] = {
             Advertisement: self._advertisement,
             Deal: self._deal,
             Upload: self._upload,
             Confirmation: self._confirmation,
             Unmasking: self._unmasking,
-        }[kind]
-        check(site, body)
+        }
+        checks[kind](site, body)
         if kind is Upload:
             assert isinstance(reply, Update)
             signed = body.uploaded
@@ -427,10 +429,8 @@ def differences(left: Crossing, right: Crossing) -> Iterator[str]:
     for name in left.content.keys() | right.content.keys():
         if name in {"upload", "step"}:
             kind = Upload if name == "upload" else STEPS[left.action][1]
-            bodies = [
-                decode(kind, one.content[name]["bytes"].data)  # type: ignore[index]
-                for one in (left, right)
-            ]
+            contents: list[Any] = [left.content, right.content]
+            bodies: list[Any] = [decode(kind, one[name]["bytes"].data) for one in contents]
             yield from differing(*bodies)
         elif repr(left.content[name]) != repr(right.content[name]):
             yield name
@@ -464,11 +464,11 @@ class TestMutations:
     def test_a_count_of_records_among_the_facts(
         self, open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made = client_app_module.pack
+        made = pack
 
         def packed(message: Any) -> RecordDict:  # noqa: ANN401
             content = made(message)
-            content["facts"]["records"] = 17  # type: ignore[call-overload, index]
+            content.config_records["facts"]["records"] = 17
             return content
 
         monkeypatch.setattr(client_app_module, "pack", packed)
@@ -557,7 +557,7 @@ class TestSealed:
 
     def test_a_relay_learns_no_array(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         plain: list[Update] = []
-        made = client_app_module.to_bytes
+        made = to_bytes
 
         def noted(update: Update) -> bytes:
             plain.append(update)
@@ -695,7 +695,7 @@ class TestTheGrid:
         def step(message: Message, context: Context) -> Message:
             if context.node_id == 2:
                 raise ValueError("PATIENT-4711")
-            message.content["facts"]["seen"] = context.node_id  # type: ignore[call-overload, index]
+            message.content.config_records["facts"]["seen"] = context.node_id
             return Message(message.content, reply_to=message)
 
         return local_grid(app, [1, 2, 3], 7)
@@ -731,7 +731,7 @@ class TestTheGrid:
             sent = self.messages()
             [first, *_] = grid.send_and_receive(sent)
         for message in (sent[0], first):
-            message.content["facts"]["spoilt"] = 1  # type: ignore[call-overload, index]
+            message.content.config_records["facts"]["spoilt"] = 1
         assert all(
             "spoilt" not in dict(one.content["facts"]) for one in grid.crossings if one.content
         )

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import chi2
 
 from fedveil.flower import ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from fedveil.privacy import vector
+from fedveil.privacy import discrete
 from fedveil.privacy.secagg.encoding import decode, encode
 from fedveil.privacy.secagg.messages import Deals, Upload, digest_of_vector
 from fedveil.privacy.secagg.terms import Block, Numbers, Opening, Setup
@@ -305,10 +305,9 @@ def _stolen(world: World, crossing: Crossing) -> RecordDict | None:
 
 
 def _body(crossing: Crossing) -> tuple[str, bytes]:
-    assert crossing.content is not None
-    if crossing.action == TRAIN:
-        return "upload", crossing.content["upload"]["bytes"].data
-    return "step", crossing.content["step"]["bytes"].data
+    content: Any = crossing.content
+    name = "upload" if crossing.action == TRAIN else "step"
+    return name, content[name]["bytes"].data
 
 
 def _with_body(crossing: Crossing, body: bytes) -> RecordDict:
@@ -351,9 +350,9 @@ def _planted(world: World, crossing: Crossing) -> RecordDict:
 
 
 def _said(world: World, crossing: Crossing) -> RecordDict:
-    assert crossing.content is not None
-    facts = ConfigRecord({**crossing.content["facts"], "note": PLANTED})
-    return RecordDict({**crossing.content, "facts": facts})
+    content: Any = crossing.content
+    facts = ConfigRecord({**content["facts"], "note": PLANTED})
+    return RecordDict({**content, "facts": facts})
 
 
 def _of_another_kind(world: World, crossing: Crossing) -> RecordDict:
@@ -364,7 +363,7 @@ def _of_another_kind(world: World, crossing: Crossing) -> RecordDict:
 
 
 def _refusing(world: World, crossing: Crossing) -> RecordDict:
-    about = {"run-id": "", "round": 0, "evaluation": 0, "refused": PLANTED}
+    about: Any = {"run-id": "", "round": 0, "evaluation": 0, "refused": PLANTED}
     return RecordDict({"facts": ConfigRecord(about)})
 
 
@@ -500,7 +499,8 @@ class TestWhatIsSaidOfALiar:
 
         def change(world: World, crossing: Crossing) -> RecordDict:
             reply = read_reply(crossing.message)
-            return pack(replace(reply, sums={"loss": np.ones(1)}))  # type: ignore[type-var]
+            assert isinstance(reply, Update)
+            return pack(replace(reply, sums={"loss": np.ones(1)}))
 
         line = self.reason(open_world(), TRAIN, change)
         assert line == "reply: has arrays, expected a masked vector only"
@@ -679,7 +679,8 @@ def test_the_noise_test_finds_a_site_without(
 ) -> None:
     """A mutation: one site leaves one block as it is."""
     world = open_world()
-    add, left = vector.discrete.add_noise, []
+    add = discrete.add_noise
+    left: list[int] = []
 
     def none_once(words: np.ndarray, stretch: int, coins: Any) -> None:  # noqa: ANN401
         if coins is world.sites[LIAR].coins and not left:
@@ -687,7 +688,7 @@ def test_the_noise_test_finds_a_site_without(
             return
         add(words, stretch, coins)
 
-    monkeypatch.setattr(vector.discrete, "add_noise", none_once)
+    monkeypatch.setattr(discrete, "add_noise", none_once)
     world.ask(1)
     world.check_sum(*ALL)
     with pytest.raises(AssertionError, match="update"):
@@ -698,9 +699,9 @@ def test_the_noise_test_finds_half_of_it(
     open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = open_world()
-    add = vector.discrete.add_noise
+    add = discrete.add_noise
     monkeypatch.setattr(
-        vector.discrete, "add_noise", lambda words, k, coins: add(words, max(0, k - 1) // 2, coins)
+        discrete, "add_noise", lambda words, k, coins: add(words, max(0, k - 1) // 2, coins)
     )
     world.ask(1)
     with pytest.raises(AssertionError, match="update"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedveil.config import FedveilError
+from fedveil.privacy.secagg.encoding import Buffer
 from fedveil.privacy.secagg.simulator import Simulator
 from fedveil.privacy.secagg.terms import Numbers
 from fedveil.privacy.secagg.transcript import verify_transcript
@@ -30,12 +31,12 @@ def session() -> Simulator:
     return made
 
 
-def pieces(data: bytes) -> list[bytes]:
+def pieces(data: Buffer) -> list[bytes]:
     """The framed messages, each with its length."""
-    found, start = [], 0
-    while start < len(data):
-        after = start + 4 + int.from_bytes(data[start : start + 4], "big")
-        found.append(data[start:after])
+    found, start, whole = [], 0, bytes(data)
+    while start < len(whole):
+        after = start + 4 + int.from_bytes(whole[start : start + 4], "big")
+        found.append(whole[start:after])
         start = after
     return found
 
@@ -47,7 +48,7 @@ class _Kept:
         self.frame = frame
 
 
-def written(path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def written(path: Path, data: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes messages one by one, as a run does."""
     monkeypatch.setattr(module, "framed", lambda one: one.frame)
     made = Transcript(path)
@@ -150,7 +151,7 @@ def test_epochs_and_sums_are_synced_before_it_goes_on(
 
     world = open_world()
     world.alter = alter
-    monkeypatch.setattr(module.os, "fsync", noted)
+    monkeypatch.setattr(os, "fsync", noted)
     world.ask(1)
     assert at_the_first == [(1, synced[0])]
     size = world.folder.joinpath(NAME).stat().st_size
