@@ -89,11 +89,9 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
                     else f"epsilon {not_below(event['epsilon'], 2)}/{target:g}"
                 )
                 bar.update(task, completed=event["round"], spent=f"{spent}{loss}")
-                for dropped in event["dropped"]:
-                    console.print(
-                        f"round {event['round']}: site {dropped['site']} dropped: "
-                        f"{dropped['reason']}",
-                        markup=False,
-                    )
+                for what, sites in (("dropped", event["dropped"]), ("left", event.get("left", []))):
+                    for one in sites:
+                        told = f"site {one['site']} {what}: {one['reason']}"
+                        console.print(f"round {event['round']}: {told}", markup=False)
 
         yield observe

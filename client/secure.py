@@ -17,7 +17,6 @@ from ..privacy.secagg.errors import (
     DifferentContextError,
     DifferentSetupError,
     MalformedMessageError,
-    StateInUseError,
 )
 from ..privacy.secagg.keys import Identity
 from ..privacy.secagg.messages import Confirmations, Deals, Roster, Upload, Uploaders
@@ -78,17 +77,17 @@ class SecureSite:
     def party(self, run_id: str) -> Iterator[Party]:
         """The state machine of a run, taken up where it was left.
 
+        One message at a time: one that is sent again waits for the first's answer, and gets it.
+
         Raises:
-            SecAggError: Its state cannot be used, or another message is being answered.
+            SecAggError: Its state cannot be used.
         """
-        if not self._lock.acquire(blocking=False):
-            raise StateInUseError("this site is in another step, expected one at a time")
-        try:
-            yield self._taken_up(run_id)
-        finally:
-            if not self._hold:
-                self.close()
-            self._lock.release()
+        with self._lock:
+            try:
+                yield self._taken_up(run_id)
+            finally:
+                if not self._hold:
+                    self.close()
 
     def answer(self, action: str, step: Step) -> Step:
         """Answers one message of the protocol.

@@ -267,6 +267,7 @@ def _summed(channel: Channel, secure: SecureSums, task: Task, ledgers: Ledgers) 
         dropped=found.dropped,
         ledgers=found.ledgers,
         noises=_noises(channel.priced, len(found.sites)),
+        left=found.left,
         rounding={
             release.name: vector.rounding(release, one.block)
             for release, one in zip(releases, placed, strict=True)

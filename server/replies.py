@@ -32,6 +32,7 @@ class Collected:
         sites: Whose are in it, by number.
         dropped: Why the others are not.
         ledgers: Count and head hash of each one's ledger.
+        left: Who is in a secure sum and did not stay to its unmasking, and why.
         noises: Variance of the noise in the sum of the parts over the accounted one.
         rounding: How many times its sensitivity a block has on the grid of a secure sum, for a
             server that adds the noise.
@@ -42,6 +43,7 @@ class Collected:
     dropped: Mapping[int, str]
     ledgers: Mapping[int, tuple[int, str]]
     noises: float
+    left: Mapping[int, str] = field(default_factory=dict)
     rounding: Mapping[str, float] = field(default_factory=dict)
 
 

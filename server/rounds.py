@@ -178,7 +178,8 @@ def _round(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
         epsilon=run.priced.epsilon_after(*asked),
         sites=len(replies.sites),
         **_excess(run, replies),
-        dropped=[{"site": n, "reason": why} for n, why in replies.dropped.items()],
+        dropped=_reasons(replies.dropped),
+        **({"left": _reasons(replies.left)} if replies.left else {}),
         seconds=_seconds(
             sites=replied - questioned,
             server=stepped - replied,
@@ -189,6 +190,10 @@ def _round(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
     if exam is not None:
         _tell_quality(run, after, asked)
     return after
+
+
+def _reasons(sites: Mapping[int, str]) -> list[dict[str, Any]]:
+    return [{"site": site, "reason": why} for site, why in sites.items()]
 
 
 def _excess(run: _Run, replies: Collected) -> dict[str, float]:

@@ -101,12 +101,14 @@ class Sum:
         total: [d] uint32.
         sites: Whose vectors are in it, by number.
         dropped: Who is missing, and why.
+        left: Who is in the sum and did not stay to its unmasking, and why.
         ledgers: Count and head hash of each uploader's ledger, as it signed them.
     """
 
     total: np.ndarray
     sites: tuple[int, ...]
     dropped: Mapping[int, str]
+    left: Mapping[int, str]
     ledgers: Mapping[int, tuple[int, str]]
 
 
@@ -218,9 +220,11 @@ class SecureSums:
         self._step(UNMASK, confirmed, Unmasking, aggregator.add_unmasking, dropped)
         total = aggregator.total()
         inside = tuple(sorted(uploaded))
-        # Who drops out later is in the sum all the same.
-        outside = {site: why for site, why in sorted(dropped.items()) if site not in uploaded}
-        return Sum(total, inside, outside, uploaded)
+        # Who drops out after its upload is in the sum all the same.
+        ordered = sorted(dropped.items())
+        outside = {site: why for site, why in ordered if site not in uploaded}
+        left = {site: why for site, why in ordered if site in uploaded}
+        return Sum(total, inside, outside, left, uploaded)
 
     def _step(
         self,
