@@ -36,8 +36,10 @@ Case = tuple[RunConfig, Plan, int]
 def main() -> None:
     """False alarms, flags of each fault, and seconds at a site and of an audit."""
     torch.set_num_threads(1)
+    given = sys.argv[1:]
     nulls = _nulls()
     report = start(__doc__ or "")
+    sys.argv[1:] = given  # the report tells the command
     nulls, repeats = (10, 1) if report.quick else (nulls, 20)
     central, distributed = (_case(name) for name in ("central", "distributed"))
     own = [_seconds(lambda: self_test(*distributed[:2])) for _ in range(3 if report.quick else 9)]
