@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import Policy, RunConfig, UnitName
 from ..data_prep import Encoded, check_unit, modality
-from ..data_prep.partition import keyed_split, persons
+from ..data_prep.partition import keyed_split, persons, places
 from ..data_prep.schema import Schema
 from ..models import Batch
 from ..privacy.books import Head, order
@@ -35,10 +35,13 @@ class Side:
         batch: The records, [N].
         persons: [N] int64, whose record each one is, 0 to P - 1; `None` where the privacy unit is
             not a person. All records of a person are on one side.
+        places: [N] int64, numbers that hang on each record alone, see `clipping.clipped_sum`;
+            `None` for records that are nobody's.
     """
 
     batch: Batch
     persons: Tensor | None = None
+    places: Tensor | None = None
 
     def groups(self, unit: UnitName) -> Tensor | None:
         """[N] whose record each one is, if persons are what is hidden; else `None`.
@@ -235,9 +238,9 @@ class Site:
             sides = keyed_split(identities, self._split_key, config.data.holdout, config.data.audit)
             keys = identities if by_person else None
             self._records = Records(
-                training=_side(encoded, keys, sides.training),
-                holdout=_side(encoded, keys, sides.holdout),
-                audit=_side(encoded, keys, sides.audit),
+                training=_side(encoded, keys, sides.training, self._split_key),
+                holdout=_side(encoded, keys, sides.holdout, self._split_key),
+                audit=_side(encoded, keys, sides.audit, self._split_key),
             )
             self._about = about
         return self._records
@@ -264,16 +267,21 @@ def _sha256(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _side(encoded: Encoded, keys: Sequence[bytes] | None, rows: np.ndarray) -> Side:
+def _side(
+    encoded: Encoded, keys: Sequence[bytes] | None, rows: np.ndarray, split_key: bytes
+) -> Side:
     x, y = encoded.take(rows)
     batch = Batch(torch.from_numpy(x), torch.from_numpy(y))
+    # By all that a gradient can hang on: records that are told apart by nothing may change places.
+    contents = [one.tobytes() + label.tobytes() for one, label in zip(x, y, strict=True)]
+    own = torch.from_numpy(places(contents, split_key))
     if keys is None:
-        return Side(batch)
-    return Side(batch, torch.from_numpy(persons([keys[row] for row in rows])))
+        return Side(batch, places=own)
+    return Side(batch, torch.from_numpy(persons([keys[row] for row in rows])), own)
 
 
 def no_records(schema: Schema) -> Records:
     """Zero records of a schema: what a site takes part with when it has none."""
     nobody = torch.zeros(0, dtype=torch.int64)
-    none = Side(Batch(torch.zeros(0, *schema.shape), nobody), nobody)
+    none = Side(Batch(torch.zeros(0, *schema.shape), nobody), nobody, nobody)
     return Records(none, none, none)

@@ -37,6 +37,7 @@ def gradient_sum(
         plan.clipping_norm,
         coins.generator(),
         micro_batch=config.training.micro_batch,
+        places=None if records.places is None else records.places[rows],
         groups=None if groups is None else groups[rows],
     )
     arrays = {name: gradient.numpy() for name, gradient in total.items()}

@@ -22,18 +22,10 @@ CLIPPING_SLACK = 1.001
 
 Norms and sums are float64: the sum of N examples is off by at most N^2 2^-53 clipping norms, which
 is 1e-4 for a million of them. The gradients themselves are float32, and an example's last bits may
-differ by its place in the micro-batch, which one record more shifts: measured on a table, by up to
-1.2e-8 clipping norms for one example and 2e-7 for 500 together. If such errors all pointed one way
-the slack would be used up near 10^5 sampled records a step; no bound is enforced.
-"""
-
-RECORD_NORMS = 16
-"""How many clipping norms one example may add to its group's sum before that is clipped.
-
-In a group's sum large gradients may cancel, and then it is their last bits that are left and
-scaled up. Without a limit, 2000 groups of two examples of gradients 10^8 clipping norms long that
-cancel moved the sum by 40 clipping norms when another group shifted their places by one; with it,
-all bits stay as small against the clipping norm as those of 16 examples on their own.
+differ by its row in the micro-batch. Whoever chooses the parameters can make those bits decide on a
+whole gradient; so a row must be the example's own, whatever others there are (`places`). Within a
+row the bits are the same then: products of matrices of one size go through the same steps for it,
+whatever the other rows hold.
 """
 
 
@@ -49,6 +41,7 @@ def clipped_sum(
     generator: torch.Generator,
     *,
     micro_batch: int = 64,
+    places: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Gradients:
     """The sum over a batch of per-example gradients, each clipped to `clipping_norm` in L2.
@@ -71,26 +64,21 @@ def clipped_sum(
         generator: For the draws inside the loss.
         micro_batch: Examples at a time. The last part is padded up to it with zeros that are masked
             out again, so that only the number of parts depends on N.
+        places: [N] int64, a number of each example's own, which says in which row of a micro-batch
+            it is; `None`: the rows are filled in order, and the guarantee is for parameters that
+            nobody has chosen to make the last bits of a row count.
         groups: [N] int64, which privacy unit each example belongs to; any labels, in any order.
-            `None`: each example is its own.
+            `None`: each example is its own. A group has micro-batches of its own, and its examples
+            places in them in their order.
 
     Returns:
         Gradient sums by parameter name, float64; zeros for an empty batch.
 
     Raises:
         ClippingError: A layer has no per-example gradient, or the losses are not [B].
-        ValueError: A bound or size out of range, or groups that are not [N] int64.
+        ValueError: A bound or size out of range, or places or groups that are not [N] int64.
     """
-    if not clipping_norm > 0 or micro_batch < 1:
-        raise ValueError(
-            f"clipping_norm, micro_batch = {clipping_norm}, {micro_batch}: must be > 0, >= 1"
-        )
-    if groups is not None and (groups.shape, groups.dtype) != ((len(batch[0]),), torch.int64):
-        raise ValueError(
-            f"groups = {groups.dtype} {tuple(groups.shape)}: must be int64 ({len(batch[0])},)"
-        )
-    if norm_layer := next((m for m in module.modules() if isinstance(m, _BatchNorm)), None):
-        raise ClippingError(f"{type(norm_layer).__name__}: couples records; use GroupNorm")
+    _check(module, len(batch[0]), clipping_norm, micro_batch, places, groups)
     total = {
         name: torch.zeros_like(parameter, dtype=torch.float64)
         for name, parameter in module.named_parameters()
@@ -101,20 +89,40 @@ def clipped_sum(
             _add_plain(total, module, loss_fn, part, real, generator)
         return total
     bound = clipping_norm / CLIPPING_SLACK
-    if groups is not None:
-        # A unit's examples side by side, so that one unit at most is unfinished at any time.
-        order = groups.argsort(stable=True)
-        batch, groups = _like(batch, [tensor[order] for tensor in batch]), groups[order]
-    carried = Gradients()
     with _hooked(module):
-        for number, (part, real) in enumerate(_parts(batch, micro_batch)):
-            _losses(module, loss_fn, part, generator).sum().backward()  # type: ignore[no-untyped-call]
-            if groups is None:
+        if groups is None:
+            for part, real in _placed(batch, micro_batch, places):
+                _losses(module, loss_fn, part, generator).sum().backward()  # type: ignore[no-untyped-call]
                 _add_clipped(total, _per_example(total, module), real, bound)
-            else:
-                left = groups[number * micro_batch :]
-                carried = _add_units(total, _per_example(total, module), left, real, carried, bound)
+            return total
+        for unit in _units(batch, groups):
+            whole = {name: torch.zeros(1, g.numel(), dtype=g.dtype) for name, g in total.items()}
+            for part, real in _parts(unit, micro_batch):
+                _losses(module, loss_fn, part, generator).sum().backward()  # type: ignore[no-untyped-call]
+                _add_clipped(whole, _per_example(total, module), real, math.inf)
+            _add_clipped(total, whole, torch.ones(1, dtype=torch.bool), bound)
     return total
+
+
+def _check(
+    module: nn.Module,
+    count: int,
+    clipping_norm: float,
+    micro_batch: int,
+    places: Tensor | None,
+    groups: Tensor | None,
+) -> None:
+    if not clipping_norm > 0 or micro_batch < 1:
+        raise ValueError(
+            f"clipping_norm, micro_batch = {clipping_norm}, {micro_batch}: must be > 0, >= 1"
+        )
+    for what, found in (("places", places), ("groups", groups)):
+        if found is not None and (found.shape, found.dtype) != ((count,), torch.int64):
+            raise ValueError(
+                f"{what} = {found.dtype} {tuple(found.shape)}: must be int64 ({count},)"
+            )
+    if norm_layer := next((m for m in module.modules() if isinstance(m, _BatchNorm)), None):
+        raise ClippingError(f"{type(norm_layer).__name__}: couples records; use GroupNorm")
 
 
 @contextmanager
@@ -154,50 +162,26 @@ def _per_example(total: Gradients, module: nn.Module) -> Gradients:
     return flat
 
 
-def _add_units(
-    total: Gradients, flat: Gradients, groups: Tensor, real: int, carried: Gradients, bound: float
-) -> Gradients:
-    """Adds the clipped sums of the units that end within one micro-batch.
-
-    Args:
-        total: What they are added to.
-        flat: Per-example gradients of the micro-batch.
-        groups: The unit of each example from the micro-batch's first one on.
-        real: How many of the micro-batch's examples are no padding.
-        carried: The sum so far of the unit that goes on from the micro-batch before, or nothing.
-        bound: What a unit's sum is clipped to.
-
-    Returns:
-        The same of the unit that goes on into the next micro-batch.
-    """
-    units, place = torch.unique_consecutive(groups[:real], return_inverse=True)
-    factors = _factors(flat, real, RECORD_NORMS * bound)[:real, None]
-    as_they_are = bool((factors == 1).all())
-    sums = {}
-    for name, per_example in flat.items():
-        rows = per_example[:real] if as_they_are else per_example[:real] * factors
-        sums[name] = rows.new_zeros(len(units), rows.shape[1]).index_add_(0, place, rows)
-        if carried:
-            sums[name][0] += carried[name]
-    goes_on = len(groups) > real and bool(groups[real] == units[-1])
-    carried = {name: rows[-1].clone() for name, rows in sums.items()} if goes_on else {}
-    _add_clipped(total, sums, len(units) - goes_on, bound)
-    return carried
+def _units(batch: BatchT, groups: Tensor) -> Iterator[BatchT]:
+    """The examples of each group, in their order."""
+    order = groups.argsort(stable=True)
+    _, counts = torch.unique_consecutive(groups[order], return_counts=True)
+    for rows in order.split(counts.tolist()):
+        yield _like(batch, [tensor[rows] for tensor in batch])
 
 
-def _add_clipped(total: Gradients, flat: Gradients, count: int, bound: float) -> None:
-    """Adds the first `count` rows, each clipped: gradients of examples, or sums of units."""
-    factors = _factors(flat, count, bound)
+def _add_clipped(total: Gradients, flat: Gradients, real: Tensor, bound: float) -> None:
+    """Adds the rows that are `real`, each clipped: gradients of examples, or sums of units."""
+    factors = _factors(flat, real, bound)
     for name, rows in flat.items():
         total[name] += (factors @ rows).view_as(total[name])
 
 
-def _factors(flat: Gradients, count: int, bound: float) -> Tensor:
+def _factors(flat: Gradients, real: Tensor, bound: float) -> Tensor:
     """What each row is to be multiplied by; makes those zero that are not to count at all."""
     # The norm over all parameters together: clipping each by itself would allow sqrt(their number).
     norms = torch.stack([rows.norm(dim=1) for rows in flat.values()]).norm(dim=0)
-    usable = norms.isfinite()
-    usable[count:] = False
+    usable = norms.isfinite() & real
     factors: Tensor = usable.double()
     if not math.isinf(bound):
         factors = torch.where(usable, bound / norms.clamp(min=bound), factors)
@@ -213,12 +197,12 @@ def _add_plain(
     module: nn.Module,
     loss_fn: LossFn[BatchT],
     part: BatchT,
-    real: int,
+    real: Tensor,
     generator: torch.Generator,
 ) -> None:
     """Adds one micro-batch's gradient, unclipped; by example where one of them is not finite."""
     parameters = {name: p for name, p in module.named_parameters() if name in total}
-    losses = _losses(module, loss_fn, part, generator)[:real]
+    losses = _losses(module, loss_fn, part, generator)[real]
     gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
@@ -243,14 +227,39 @@ def _losses(
     return losses
 
 
-def _parts(batch: BatchT, size: int) -> Iterator[tuple[BatchT, int]]:
-    """The batch in parts of `size` examples, with how many of them are real."""
+def _parts(batch: BatchT, size: int) -> Iterator[tuple[BatchT, Tensor]]:
+    """The batch in parts of `size` examples, the last one padded; and which of them are real."""
     count = len(batch[0])
     for start in range(0, count, size):
         part = [tensor[start : start + size] for tensor in batch]
-        real = len(part[0])
-        if real < size:
-            part = [torch.cat([t, t.new_zeros(size - real, *t.shape[1:])]) for t in part]
+        real = torch.arange(size) < len(part[0])
+        if not real.all():
+            part = [torch.cat([t, t.new_zeros(size - len(t), *t.shape[1:])]) for t in part]
+        yield _like(batch, part), real
+
+
+def _placed(batch: BatchT, size: int, places: Tensor | None) -> Iterator[tuple[BatchT, Tensor]]:
+    """As `_parts`, but every example is in the row that its own place says.
+
+    Of those that share a row the first is in the first part, the second in the second: one example
+    more moves others to later parts, and never to another row.
+    """
+    if places is None:
+        yield from _parts(batch, size)
+        return
+    rows = places % size
+    order = rows.argsort(stable=True)
+    _, counts = torch.unique_consecutive(rows[order], return_counts=True)
+    ranks = torch.empty_like(order)
+    starts = counts.cumsum(0) - counts
+    ranks[order] = torch.arange(len(order)) - starts.repeat_interleave(counts)
+    for number in range(int(ranks.max()) + 1 if len(ranks) else 0):
+        found = ranks == number
+        real = torch.zeros(size, dtype=torch.bool)
+        real[rows[found]] = True
+        part = [tensor.new_zeros(size, *tensor.shape[1:]) for tensor in batch]
+        for whole, tensor in zip(part, batch, strict=True):
+            whole[rows[found]] = tensor[found]
         yield _like(batch, part), real
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil.config import ConfigError, Data
-from fedveil.data_prep.partition import Sides, keyed_split, persons, share_out
+from fedveil.data_prep.partition import Sides, keyed_split, persons, places, share_out
 
 KEY = bytes(range(16))
 OTHER_KEY = bytes(range(1, 17))
@@ -285,3 +285,25 @@ def test_small_alpha_is_more_skewed(seed: int) -> None:
     assert skew(0.05, seed) > skew(0.5, seed) > skew(5.0, seed) > skew(500.0, seed)
     assert skew(0.05, seed) > 0.6
     assert skew(500.0, seed) < 0.1
+
+
+class TestPlaces:
+    KEY = b"k" * 32
+
+    @given(st.lists(st.binary(max_size=3), max_size=30), st.data())
+    def test_hang_on_the_record_alone(self, records: list[bytes], data: st.DataObject) -> None:
+        """Without one record the others keep theirs; of equal ones the last number is gone."""
+        found = places(records, self.KEY)
+        assert found.dtype == np.int64
+        assert ((found >= 0) & (found < 2**62)).all()
+        if not records:
+            return
+        out = data.draw(st.integers(0, len(records) - 1))
+        rest = places(records[:out] + records[out + 1 :], self.KEY)
+        left = Counter(found.tolist()) - Counter(rest.tolist())
+        last = max(i for i, record in enumerate(records) if record == records[out])
+        assert left == Counter([found[last]])
+
+    def test_another_key_gives_others(self) -> None:
+        records = [bytes([n]) for n in range(50)]
+        assert not set(places(records, self.KEY)) & set(places(records, b"x" * 32))
