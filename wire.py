@@ -36,6 +36,9 @@ CONFIRM = "query.confirm"
 UNMASK = "query.unmask"
 """The action in which it helps to unmask that sum."""
 
+END = "query.end"
+"""The action in which it erases what is left of the last epoch's keys."""
+
 
 def site_name(number: int) -> str:
     """What a simulated site is called, by its number; ascending as the numbers."""

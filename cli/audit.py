@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from ..privacy.secagg.transcript import Verdict
 
 PARTS = ("conformance", "transcript")
-_TRANSCRIPT, _IDENTITIES = "transcript.bin", "identities.toml"
 
 app = typer.Typer(help="Verify what a run leaves to show.", no_args_is_help=True)
 
@@ -36,6 +35,7 @@ def run(
     from ..api import load
     from ..config import ConfigError
     from ..privacy.audit.conformance import audit_conformance
+    from ..privacy.audit.transcript import audit_transcript
 
     if unknown := [part for part in only or [] if part not in PARTS]:
         raise ConfigError(f"--only {unknown[0]}: must be {' or '.join(PARTS)}")
@@ -43,8 +43,8 @@ def run(
     found: dict[str, Any] = {"run_id": loaded.metrics["run_id"]}
     if "conformance" in (only or PARTS):
         found["conformance"] = audit_conformance(loaded).as_dict()
-    if "transcript" in (only or PARTS) and (path / _TRANSCRIPT).exists():
-        found["transcript"] = _verified(path / _TRANSCRIPT, path / _IDENTITIES)
+    if "transcript" in (only or PARTS):
+        found["transcript"] = audit_transcript(loaded)
     verdicts = [part.get("verdict") for part in found.values() if isinstance(part, dict)]
     if as_json:
         typer.echo(json.dumps(found))
@@ -74,10 +74,13 @@ def _print_audit(path: Path, found: dict[str, Any]) -> None:
                 f"{ledger['asked']} asked for"
             )
     if "transcript" in found:
-        rounds = found["transcript"]["rounds"]
-        typer.echo(
-            f"{path}: transcript consistent: every signature holds, {len(rounds)} secure sums"
-        )
+        kept = found["transcript"]
+        if kept is None:
+            typer.echo(f"{path}: no transcript: this run made no secure sums")
+            return
+        typer.echo(f"{path}: transcript {kept['verdict']}: {kept['sums']} secure sums, each signed")
+        for fault in kept["failed"]:
+            typer.echo(f"  VIOLATED {fault}")
 
 
 def _verified(path: Path, identities: Path) -> dict[str, Any]:

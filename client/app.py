@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
 
+import torch
 from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
@@ -28,6 +29,7 @@ from ..privacy.secagg.messages import Upload
 from ..privacy.secagg.sealed import SealedReply, seal_reply
 from ..privacy.secagg.site import Site as Party
 from ..wire import (
+    END,
     EVALUATE,
     TRAIN,
     Refusal,
@@ -63,7 +65,7 @@ def client_app(open_site: OpenSite) -> ClientApp:
     def model(message: Message, context: Context) -> Message:
         return Message(pack(_answer(message, context, open_site)), reply_to=message)
 
-    for action in STEPS:
+    for action in (*STEPS, END):
         _add_step(app, action, open_site)
     return app
 
@@ -113,6 +115,7 @@ def _answer(message: Message, context: Context, open_site: OpenSite) -> Update |
     try:
         run = understand(task.config, task.schema)
         site = open_site(context)
+        site.accept(asked_of(task, run))  # before anything of the site's own is touched
         with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
             return _take_part(task, run, site, party)
     except Exception as error:
@@ -150,7 +153,6 @@ def _code(error: Exception) -> Refusal:
 
 def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> Update:
     """The site's part of a round: checked, debited and only then computed."""
-    site.accept(asked_of(task, run))
     _check_norm(task.clipping_norm, run.priced)
     if site.policy.self_test and run.priced.epsilon is not None:
         _check_conformance(run)
@@ -244,12 +246,14 @@ def _check_conformance(run: Understood) -> None:
         )
 
 
+# Ten sites that run sound code should refuse one run of a hundred thousand at most.
+_ALARM = 1e-6
 _one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=4)
 def _tested(config: RunConfig, priced: Plan, parameters: int) -> Tested:
-    return self_test(config, priced, parameters=parameters)
+    return self_test(config, priced, parameters=parameters, alarm=_ALARM)
 
 
 def asked_of(task: Task, run: Understood) -> Asked:
@@ -279,7 +283,8 @@ def understand(config_json: str, schema_json: str) -> Understood:
     config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
     check_unit(config, schema)
     kind = family(config.model.family)
-    module = kind.build(config.model, schema)
+    with torch.device("meta"):  # to be counted, whatever size a server has asked for
+        module = kind.build(config.model, schema)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     parameters = sum(sizes[name] for name in kind.trainable(module))
     return Understood(config, schema, plan(config), parameters)

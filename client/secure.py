@@ -23,7 +23,7 @@ from ..privacy.secagg.messages import Confirmations, Deals, Roster, Upload, Uplo
 from ..privacy.secagg.site import Site as Party
 from ..privacy.secagg.terms import Floor, Opening, Setup
 from ..privacy.secagg.vault import Vault
-from ..wire import ADVERTISE, CONFIRM, DEAL, UNMASK, Step, Task
+from ..wire import ADVERTISE, CONFIRM, DEAL, END, UNMASK, Step, Task
 
 RUN_NAMES = Text(64)
 
@@ -95,6 +95,10 @@ class SecureSite:
         Raises:
             SecAggError: The site refuses.
         """
+        if action == END:  # whoever asks for it: it gives nothing away, and ends what is open
+            with self.party(step.run_id) as party:
+                party.end_epoch()
+            return Step(step.run_id, b"")
         kind, handler = STEPS[action]
         message = decode_limited(kind, step.body)
         with self.party(step.run_id) as party:

@@ -2,7 +2,9 @@
 
 Everything but coins is known beforehand, so that what comes out can be held against what the plan
 claims (`privacy.conformance`). Two trials go through the same code: one with the plan's own noise,
-and one with so little of it that clipping and sampling are seen sharply.
+and one with so little of it that clipping and sampling are seen sharply. What is tried is the sum
+of gradients, or a site's update: the noise of evaluations and of an adapting norm's indicator, and
+what a server does with a sum, are not.
 """
 
 import math
@@ -21,7 +23,7 @@ from ..models.family import Family
 from ..models.state import Arrays
 from ..privacy import vector
 from ..privacy.books import order
-from ..privacy.clipping import CLIPPING_SLACK
+from ..privacy.clipping import CLIPPING_SLACK, clipped_sum
 from ..privacy.conformance.claim import Check, Claim, Observed, Shares
 from ..privacy.conformance.verdict import ALARM, Outcome, Verdict, judge, sizes
 from ..privacy.ledger import Ledger
@@ -119,6 +121,8 @@ def self_test(
         raise ConformanceError('privacy.mechanism = "none": adds no noise that could be tested')
     if priced.shares_noise and parameters:
         _check_grid(priced, parameters)
+    _check_split(priced)
+    _check_whole_norm(priced)
     priced = replace(priced, clipping_norm=max(priced.clipping_norm, _LEAST_NORM))
     little = replace(priced, noise_multiplier=min(priced.noise_multiplier, _LITTLE))
     committed = _committed(priced)
@@ -205,6 +209,45 @@ def _check_grid(priced: Plan, width: int) -> tuple[float, float]:
     return share, grid
 
 
+def _check_split(priced: Plan) -> None:
+    """Computed anew: update and indicator together are the one release that was priced.
+
+    Two Gaussian releases of noise a and b are one of (a^-2 + b^-2)^(-1/2) (Andrew et al. 2021).
+    """
+    both = priced.update_noise**-2 + priced.adaptive * priced.indicator_noise**-2
+    if not both * priced.noise_multiplier**2 <= 1 + 1e-9:
+        raise ConformanceError(
+            f"noise of a round = {both**-0.5:g}: must be at least {priced.noise_multiplier:g}; do "
+            "not run, the installed code is not what was priced"
+        )
+
+
+def _check_whole_norm(priced: Plan) -> None:
+    """One record's gradient, or one site's update, has the bound over all parameters together."""
+    norm, gain = priced.clipping_norm, _GAIN * priced.clipping_norm
+    shapes = {"first": (3, 2), "second": (1,), "third": (2, 2, 2)}
+    if priced.unit == "site":
+        change = {name: np.full(shape, gain) for name, shape in shapes.items()}
+        found, _ = clipped_update(change, norm)
+    else:
+        one = Batch(torch.full((1, 3), gain), torch.zeros(1, dtype=torch.int64))
+        module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+        summed = clipped_sum(module, _first, one, norm, torch.Generator())
+        found = {name: gradient.numpy() for name, gradient in summed.items()}
+    moved = math.sqrt(sum(float(np.square(array).sum()) for array in found.values()))
+    if not moved <= norm:
+        raise ConformanceError(
+            f"clipping = {moved:g}: one {priced.unit} must move all parameters together by at most "
+            f"{norm:g}; do not run, the installed code is not what was priced"
+        )
+
+
+def _first(module: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """[B] losses whose gradients touch every parameter."""
+    del generator
+    return torch.as_tensor(module(batch.x)).squeeze(1) * batch.x[:, 0]
+
+
 def _placed(priced: Plan, width: int) -> vector.Placed:
     norm, rate = priced.clipping_norm, priced.sampling_rate
     release = vector.Release("update", width, norm, _multiplier(priced), rate, norm)
@@ -244,7 +287,8 @@ def _own(
     if priced.unit == "site":
         change = np.zeros(width)
         change[mine.numpy()] = gain
-        update, _ = clipped_update({_WEIGHT: change}, priced.clipping_norm)
+        halves = dict(zip(_HALVES, np.split(change, [width // 2]), strict=True))
+        update, _ = clipped_update(halves, priced.clipping_norm)
         scale = priced.update_noise * priced.clipping_norm
         return mechanism_of(priced).at_site(update, scale, coins)
     persons = torch.arange(len(mine))
@@ -254,19 +298,22 @@ def _own(
     return gradient_sum(SLOTS, _Slots(width), records, config, priced, coins)
 
 
-_WEIGHT = "weights.weight"
+_HALVES = ("first.weight", "second.weight")
 
 
 class _Slots(nn.Module):
-    """One weight a coordinate; a record pulls that of its slot."""
+    """One weight a coordinate, in two parameters; a record pulls that of its slot."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weights = nn.Embedding(width, 1)
+        self._half = width // 2
+        self.first, self.second = nn.Embedding(self._half, 1), nn.Embedding(width - self._half, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """[B] weights of the slots y [B], times the gains x [B, 1]."""
-        pulled: Tensor = (self.weights(y) * x).squeeze(1)
+        low = self.first(y.clamp(max=self._half - 1))
+        high = self.second((y - self._half).clamp(min=0))
+        pulled: Tensor = (torch.where((y < self._half)[:, None], low, high) * x).squeeze(1)
         return pulled
 
 
@@ -283,7 +330,7 @@ def _no_samples(
 
 
 SLOTS = Family(
-    build=lambda options, schema: _Slots(1),  # noqa: ARG005
+    build=lambda options, schema: _Slots(2),  # noqa: ARG005
     example_losses=_pulls,
     sample=_no_samples,
     scores=lambda module, batch: batch.x.sum(1),  # noqa: ARG005

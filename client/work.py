@@ -43,7 +43,9 @@ def parts_of(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: 
 
     def training(records: Records) -> Parts:
         arrays = train(loaded(task.arrays), records.training, config, priced, site.coins)
-        return _whole(arrays, task, priced, site) if priced.unit == "site" else {"update": arrays}
+        if priced.unit != "site":
+            return {"update": arrays}
+        return _whole(arrays, task, priced, site, nothing=not len(records.training.batch.y))
 
     def holdout(records: Records) -> Parts:
         exam, held_out = exam_from_arrays(task.exam, schema), records.holdout
@@ -70,16 +72,17 @@ def parts_of(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: 
     return parts
 
 
-def _whole(change: Arrays, task: Task, priced: Plan, site: Site) -> Parts:
+def _whole(change: Arrays, task: Task, priced: Plan, site: Site, *, nothing: bool) -> Parts:
     """A site's whole update, clipped; and whether it was within the bound, as a half more or less.
 
-    Andrew et al. 2021, algorithm 1: of b - 1/2 the sensitivity is 1/2.
+    Andrew et al. 2021, algorithm 1. A site without data adds zero, neither half: so the sensitivity
+    of b - 1/2 is 1/2 where a site's data are there or not.
     """
     hooks, norm = mechanism_of(priced), task.clipping_norm
     update, within = clipped_update(change, norm)
     parts = {"update": hooks.at_site(update, priced.update_noise * norm, site.coins)}
     if priced.adaptive:
-        half = {"within": np.array([0.5 if within else -0.5])}
+        half = {"within": np.array([0.0 if nothing else 0.5 if within else -0.5])}
         parts["clipping"] = hooks.at_site(half, priced.indicator_noise / 2, site.coins)
     return parts
 

@@ -152,6 +152,7 @@ def check_policy(policy: Policy, asked: Asked) -> None:
     _check_one_of(UnitRefusal, "privacy.unit", asked.unit, policy.units)
     _check_one_of(FamilyRefusal, "model.family", asked.family, policy.families)
     _check_roster(policy, asked)
+    _check_sealed(policy, asked)
     _check_parameters(policy, asked)
     _check_price("epsilon", asked.epsilon, policy.epsilon_per_run)
     _check_price("delta", asked.delta, policy.delta_per_run)
@@ -183,6 +184,15 @@ def _check_coordinator(policy: Policy, asked: Asked) -> None:
         raise CoordinatorRefusal(
             f"coordinator = {found}: the run must be signed by {policy.coordinator}; have it "
             "signed, or change policy.coordinator"
+        )
+
+
+def _check_sealed(policy: Policy, asked: Asked) -> None:
+    """A sealed reply is as good as the word of whoever says for whom it is sealed."""
+    if asked.encryption == "sealed" and policy.coordinator is None:
+        raise CoordinatorRefusal(
+            'aggregation.encryption = "sealed": would be sealed for whoever asks, as long as '
+            "policy.coordinator does not say who may; set it"
         )
 
 

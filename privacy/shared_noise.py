@@ -95,7 +95,7 @@ def choose_grid(noise_multiplier: float, sensitivity: float, length: int, honest
         honest: n_min - t_collude, sites whose noise is surely in the sum and unknown.
 
     Raises:
-        ConfigError: No scale gives so much noise, or only one finer than 32 bits.
+        ConfigError: No scale gives so much noise, or only one that is too fine.
         ValueError: An argument is out of its range.
     """
     if not 0 < noise_multiplier < math.inf:
@@ -116,7 +116,7 @@ def choose_grid(noise_multiplier: float, sensitivity: float, length: int, honest
     if not scale <= MAX_SCALE:
         raise ConfigError(
             f"sensitivity = {sensitivity:g}: with a noise multiplier of {noise_multiplier:g} it "
-            f"needs {scale:g} steps for one unit, more than 2^31; release larger values or raise "
+            f"needs {scale:g} steps for one unit, more than 2^62; release larger values or raise "
             "the noise multiplier"
         )
     return Grid(scale, stretch)
@@ -136,7 +136,7 @@ def accounted_multiplier(grid: Grid, sensitivity: float, length: int, honest: in
     """
     _check(sensitivity, length, honest)
     if not 0 < grid.scale <= MAX_SCALE:
-        raise ValueError(f"scale = {grid.scale}: must be > 0, at most 2^31")
+        raise ValueError(f"scale = {grid.scale}: must be > 0, at most 2^62")
     moved = _SCALING * (grid.scale * sensitivity + math.sqrt(length))
     return _root(grid.stretch, honest) / moved * (1 - _FLOATS)
 

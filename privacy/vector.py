@@ -84,7 +84,11 @@ def releases(
         if plan.unit == "site":
             release = Release("update", sizes.update, norm, plan.update_noise, 1.0, norm)
         else:
-            capped = bound if at_sites or math.isinf(norm) else 64 * norm
+            # A site's part of the expected batch, all of it pulling one way, and twice that.
+            most = max(
+                64.0, 2 * plan.expected_batch / max(1, plan.numbers.n if plan.numbers else 1)
+            )
+            capped = bound if at_sites or math.isinf(norm) else most * norm
             noise, rate = plan.noise_multiplier, plan.sampling_rate
             release = Release("update", sizes.update, norm, noise, rate, capped)
         found.append(release)

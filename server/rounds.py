@@ -79,6 +79,8 @@ def train(
         with suppress(FedveilError):  # such as of a full disk; the cause is what must be told
             run.tell("failed", round=point.state.round, epsilon=run.priced.epsilon, cause=cause)
         raise
+    if run.channel.secure is not None:
+        run.channel.secure.end()
     _finish(run, point)
 
 

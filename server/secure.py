@@ -32,6 +32,7 @@ from ..wire import (
     ADVERTISE,
     CONFIRM,
     DEAL,
+    END,
     UNMASK,
     Refused,
     Step,
@@ -160,6 +161,17 @@ class SecureSums:
         except SecAggError as error:
             self._aggregator = None  # who is missing may be back with new keys
             raise RoundError(f"secure sum: {error}", dropped) from None
+
+    def end(self) -> None:
+        """Has the sites erase the last epoch's keys, once no round will follow.
+
+        Whoever does not hear of it keeps them, encrypted, until its next epoch.
+        """
+        made = self.federation
+        asked = pack(Step(made.run_id, b""))
+        sent = [Message(asked, node, END) for node in made.nodes.values()]
+        self._aggregator = None
+        list(self.grid.send_and_receive(sent, timeout=made.deadline))
 
     def _ready(self, dropped: Dropped) -> Aggregator:
         """The aggregator of an epoch that has a round left."""

@@ -26,7 +26,7 @@ from .shamir import MAX_POINTS
 MAX_SITES = MAX_POINTS  # the graph is full: it is meant for about a hundred
 MAX_ROUNDS = 4096
 MAX_EPOCH = 2**32 - 2  # the one after it has a number, too
-MAX_SCALE = 2.0**31  # steps for one unit: a finer grid than the 32 bits have is none
+MAX_SCALE = 2.0**62  # steps for one unit; however small that is
 Sites = Annotated[tuple[Index, ...], Many(0, MAX_SITES, ascending=True)]
 """A set of sites, by their places on the roster."""
 
@@ -223,7 +223,7 @@ class Block:
             if not holds:
                 raise UnsafeNumbersError(
                     f"block {self.name}.{field} = {getattr(self, field)}: expected > 0 (sigma >= "
-                    f"0), at most {MAX_WORDS} coordinates, a scale of at most 2^31, a rate of at "
+                    f"0), at most {MAX_WORDS} coordinates, a scale of at most 2^62, a rate of at "
                     "most 1"
                 )
 

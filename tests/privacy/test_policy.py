@@ -165,8 +165,12 @@ class TestTheRosterRule:
     @pytest.mark.parametrize("encryption", ["none", "sealed"])
     def test_is_of_secure_sums_only(self, encryption: str) -> None:
         """Without one the server sees every reply, however many sites there are."""
-        rules = policy(min_sites=255, min_uploaders=255, min_t_collude=253)
-        check_policy(rules, asked(encryption=encryption, numbers=None, mechanism="local"))
+        rules = policy(min_sites=255, min_uploaders=255, min_t_collude=253, coordinator="ab" * 32)
+        signer = bytes.fromhex("ab" * 32)
+        check_policy(
+            rules,
+            asked(encryption=encryption, numbers=None, mechanism="local", coordinator=signer),
+        )
 
     @pytest.mark.parametrize(
         "changes",
@@ -180,6 +184,11 @@ class TestTheRosterRule:
         self, changes: dict[str, Any]
     ) -> None:
         assert refusal(policy(), asked(**changes)).code is Rule.ROSTER
+
+    def test_a_sealed_reply_is_for_a_coordinator_that_the_site_knows(self) -> None:
+        """Whoever relays the task could else put a key of its own in the place of the server's."""
+        sealed = asked(encryption="sealed", numbers=None, mechanism="local")
+        assert refusal(policy(), sealed).code is Rule.COORDINATOR
 
     def test_counts_no_further_than_a_sum_can(self) -> None:
         assert MOST_SITES == MAX_SITES

@@ -115,11 +115,11 @@ class TestChooseGrid:
         with pytest.raises(ConfigError, match=r"takes less than 22\.6276 with 2 honest sites; ask"):
             choose_grid(noise_multiplier, 1.0, MAX_WORDS, 2)
 
-    @pytest.mark.parametrize(("noise_multiplier", "sensitivity"), [(1.0, 1e-9), (1e-320, 1.0)])
-    def test_refuses_a_grid_finer_than_32_bits(
+    @pytest.mark.parametrize(("noise_multiplier", "sensitivity"), [(1.0, 1e-18), (1e-320, 1.0)])
+    def test_refuses_a_grid_that_is_too_fine(
         self, noise_multiplier: float, sensitivity: float
     ) -> None:
-        with pytest.raises(ConfigError, match=r"more than 2\^31; release larger values"):
+        with pytest.raises(ConfigError, match=r"more than 2\^62; release larger values"):
             choose_grid(noise_multiplier, sensitivity, 10, 3)
 
     @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ class TestChooseGrid:
             with pytest.raises(ValueError, match=message):
                 accounted_multiplier(Grid(1.0, 0), *arguments[1:])
 
-    @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, 2.0**31 * 1.01])
+    @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, 2.0**62 * 1.01])
     def test_a_scale_that_is_none_has_no_multiplier(self, scale: float) -> None:
         with pytest.raises(ValueError, match="scale = "):
             accounted_multiplier(Grid(scale, 0), 1.0, 1, 2)
@@ -338,7 +338,7 @@ class TestPublicScale:
 
     def test_by_hand(self) -> None:
         assert public_scale(2.0, 10) == 107374182.0  # floor(214748364.7) / 2
-        assert public_scale(1e-9, 10) == 2.0**31
+        assert public_scale(1e-12, 10) == 2.0**62
 
     @pytest.mark.parametrize(("bound", "sites"), [(0.0, 3), (math.inf, 3), (math.nan, 3), (1.0, 0)])
     def test_refuses_what_is_out_of_range(self, bound: float, sites: int) -> None:
