@@ -8,11 +8,12 @@ fewer; the figure's name says how many there were.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -23,9 +24,11 @@ import fedveil
 from fedveil.client import training
 from fedveil.client.self_test import self_test
 from fedveil.config import RunConfig
-from fedveil.privacy import clipping, discrete, vector
+from fedveil.privacy import clipping, discrete, shared_noise, vector
 from fedveil.privacy.audit.conformance import audit_conformance
+from fedveil.privacy.books import Head, Order
 from fedveil.privacy.ledger import Ledger
+from fedveil.privacy.limits import Lifetime
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
 
@@ -173,12 +176,18 @@ def _same_batch(coins: Coins, count: int, rate: float) -> np.ndarray:
     return _POISSON(Coins(bytes(32)), count, rate)
 
 
-_POISSON, _DEBIT, _CHOOSE = Coins.poisson_sample, Ledger.debit, vector.choose_grid
+_POISSON, _DEBIT, _CHOOSE = Coins.poisson_sample, Ledger.debit, shared_noise.choose_grid
 
 
 @contextmanager
 def _not_debited() -> Iterator[None]:
-    def debit(ledger: Ledger, asked, lifetime, terms, releases):  # noqa: ANN001, ANN202
+    def debit(
+        ledger: Ledger,
+        asked: Order,
+        lifetime: Lifetime,
+        terms: Mapping[str, Any],
+        releases: Sequence[tuple[str, int]],
+    ) -> Head:
         if releases == [("rounds", 17)]:
             return ledger.read().head
         return _DEBIT(ledger, asked, lifetime, terms, releases)

@@ -1,6 +1,7 @@
 """Exact integer noise, beside the continuous sampler and the keystream that it is made of."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,7 @@ def main() -> None:
     report.add("table_s", time.perf_counter() - began, "s, once a process")
     for count in (20_000, 1_000_000) if report.quick else (20_000, 1_000_000, 10_000_000):
         words = np.zeros(count, dtype="<u4")
-        contestants = {
+        contestants: dict[str, Callable[[], object]] = {
             "base": partial(_alone, words, 0, coins),
             "stretched": partial(_alone, words, 256, coins),
             "stretched_all_cores": partial(discrete.add_noise, words, 256, coins),

@@ -166,7 +166,7 @@ def _units(batch: BatchT, groups: Tensor) -> Iterator[BatchT]:
     """The examples of each group, in their order."""
     order = groups.argsort(stable=True)
     _, counts = torch.unique_consecutive(groups[order], return_counts=True)
-    for rows in order.split(counts.tolist()):
+    for rows in torch.split(order, counts.tolist()):
         yield _like(batch, [tensor[rows] for tensor in batch])
 
 
