@@ -1,8 +1,8 @@
 """Exact integer noise, beside the continuous sampler and the keystream that it is made of."""
 
 import time
-from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from harness import interleaved, start
@@ -10,6 +10,9 @@ from harness import interleaved, start
 from fedveil.privacy import discrete
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.secagg import slices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def main() -> None:
