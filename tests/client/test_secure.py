@@ -1,6 +1,7 @@
 """A site's half over Flower: where its keys are, what it answers, and what it refuses first."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,12 +172,13 @@ class TestWhereItsStateIs:
         assert sites.open("a").answer(ADVERTISE, Step(RUN, encode(SETUP))).body == first
 
     def test_one_step_at_a_time(self, sites: Sites) -> None:
-        with (
-            sites.sites["a"].party(RUN),
-            pytest.raises(StateInUseError, match="one at a time"),
-        ):
-            sites.answer("a", ADVERTISE, SETUP)
-        sites.answer("a", ADVERTISE, SETUP)
+        """A message that is sent again waits for the first one's answer, and gets the same."""
+        with ThreadPoolExecutor(1) as pool:
+            with sites.sites["a"].party(RUN) as party:
+                again = pool.submit(sites.answer, "a", ADVERTISE, SETUP)
+                assert not wait([again], timeout=0.05).done
+                first = encode(party.advertise(SETUP))
+            assert again.result(timeout=30) == first
 
     def test_an_error_leaves_it_open_for_the_next_step(self, sites: Sites) -> None:
         wrong = replace(SETUP, run="run-b")

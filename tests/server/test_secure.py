@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import chi2
 
+from fedveil.client import app as client
+from fedveil.client.work import parts_of
 from fedveil.flower import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from fedveil.privacy import discrete
 from fedveil.privacy.secagg.encoding import decode, encode
@@ -30,6 +33,7 @@ from fedveil.wire import (
     read_reply,
     read_step,
     read_task,
+    site_name,
 )
 
 # Of an order that Opacus does not use; `privacy.accounting` ignores it, pytest forgets that.
@@ -280,6 +284,31 @@ class TestALostReply:
         world.alter = alter
         assert not world.ask(1).dropped
         world.check_sum(*ALL)
+
+    def test_of_a_site_that_is_still_at_work(
+        self, open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Asked again at half the deadline, it answers with what it was making, debited once."""
+        world, asked, again = open_world(secagg={"deadline": 4.0}), 0, Event()
+
+        def alter(crossing: Crossing) -> Message:
+            nonlocal asked
+            if (crossing.site, crossing.action, crossing.down) == (LIAR, TRAIN, True):
+                asked += 1
+                if asked == 2:
+                    again.set()
+            return crossing.message
+
+        def slowly(*arguments: Any) -> Any:  # noqa: ANN401
+            if arguments[4].name == site_name(LIAR):
+                assert again.wait(30)
+            return parts_of(*arguments)
+
+        world.alter = alter
+        monkeypatch.setattr(client, "parts_of", slowly)
+        assert not world.ask(1).dropped
+        world.check_sum(*ALL)
+        assert world.entries(LIAR) == {"rounds": 1}
 
     def test_twice_is_a_site_that_is_gone(self, open_world: OpenWorld) -> None:
         world = open_world()
