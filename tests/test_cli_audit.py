@@ -151,11 +151,16 @@ def edit_begin(path: Path, **privacy: object) -> None:
     events.write_text("\n".join([json.dumps(begun), *rest, ""]), encoding="utf-8")
 
 
+def gone(run: Path) -> None:
+    (run / "transcript.bin").unlink()
+
+
 class TestRun:
     def test_what_it_says(self, call: Call, finished_run: fedveil.Run) -> None:
         result = call("audit", "run", finished_run.path)
         assert (result.code, result.err) == (0, "")
-        first, *checks = result.out.splitlines()
+        first, *checks, last = result.out.splitlines()
+        assert last == f"{finished_run.path}: no transcript: this run made no secure sums"
         assert first == (
             f"{finished_run.path}: conformance consistent (false alarms at most 0.001)"
         )
@@ -183,7 +188,58 @@ class TestRun:
         assert {(one["made"], one["took_part"], one["holds"]) for one in part["ledgers"]} == {
             (2, 2, True)
         }
-        assert len(found["transcript"]["rounds"]) == 3
+        assert found["transcript"] == {"verdict": "consistent", "failed": [], "sums": 3}
+
+    def faulty(
+        self, call: Call, run: fedveil.Run, tmp_path: Path, change: Callable[[Path], object]
+    ) -> str:
+        copy = tmp_path / "copy"
+        shutil.copytree(run.path, copy)
+        change(copy)
+        result = call("audit", "run", copy, "--only", "transcript")
+        assert (result.code, result.err) == (1, "")
+        first, fault = result.out.splitlines()
+        assert first.startswith(f"{copy}: transcript violated")
+        assert fault.startswith("  VIOLATED transcript.bin: ")
+        return fault.removeprefix("  VIOLATED transcript.bin: ")
+
+    def test_a_transcript_that_is_gone(
+        self, call: Call, secure_run: fedveil.Run, tmp_path: Path
+    ) -> None:
+        found = self.faulty(call, secure_run, tmp_path, gone)
+        assert found == "cannot be read (No such file or directory)"
+
+    def test_a_transcript_that_is_altered(
+        self, call: Call, secure_run: fedveil.Run, tmp_path: Path
+    ) -> None:
+        def alter(copy: Path) -> None:
+            content = bytearray((copy / "transcript.bin").read_bytes())
+            content[-40] ^= 1
+            (copy / "transcript.bin").write_bytes(content[:-1])
+
+        assert "expected" in self.faulty(call, secure_run, tmp_path, alter)
+
+    def test_a_transcript_of_another_run(
+        self, call: Call, secure_run: fedveil.Run, tmp_path: Path
+    ) -> None:
+        def rename(copy: Path) -> None:
+            metrics = json.loads((copy / "metrics.json").read_text(encoding="utf-8"))
+            metrics["run_id"] = "0" * 16
+            (copy / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+        found = self.faulty(call, secure_run, tmp_path, rename)
+        assert found == f"is of run {secure_run.metrics['run_id']}, not of {'0' * 16}"
+
+    def test_a_ledger_that_the_sites_did_not_sign(
+        self, call: Call, secure_run: fedveil.Run, tmp_path: Path
+    ) -> None:
+        def grow(copy: Path) -> None:
+            metrics = json.loads((copy / "metrics.json").read_text(encoding="utf-8"))
+            metrics["ledgers"]["2"]["count"] += 1
+            (copy / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+        found = self.faulty(call, secure_run, tmp_path, grow)
+        assert found.startswith("site-002 signed entry ")
 
     @pytest.mark.usefixtures("passes")
     def test_only_a_part(self, call: Call, secure_run: fedveil.Run) -> None:
