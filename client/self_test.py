@@ -271,10 +271,9 @@ def _step(
         total = np.add.reduce(np.stack(words), axis=0, dtype=np.uint32)
         each = [vector.reals(part, placed)["update"] for part in words]
         return vector.reals(total, placed)["update"], np.stack(each)
-    each = [vector.flat(part) for part in own]
-    summed = {"update": np.sum(each, axis=0)}
+    summed = {name: np.sum([part[name] for part in own], axis=0) for name in own[0]}
     released = hooks.at_server(summed, priced.noise_scale, site_coins[0])
-    return released["update"], np.stack(each)
+    return vector.flat(released), np.stack([vector.flat(part) for part in own])
 
 
 def _own(

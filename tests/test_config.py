@@ -202,7 +202,7 @@ def refusal(raw: dict[str, Any]) -> str:
                 "policy.approval: unknown key; known are epsilon_lifetime, delta_lifetime, "
                 "composition, epsilon_per_run, delta_per_run, min_sites, min_uploaders, "
                 "min_t_collude, mechanisms, units, families, encryption, max_parameters, "
-                "coordinator, folder"
+                "coordinator, self_test, folder"
             ),
         ),
         ("secagg", "t_collude", -1, "secagg.t_collude = -1: must be >= 0"),

@@ -1162,6 +1162,19 @@ def keys(folder: Path) -> SecureSite:
     return SecureSite("site-005", secrets, Floor(2, 2, 0))
 
 
+KNOWN = Identity(KEY[::-1])
+"""The coordinator that a site knows, for whom it seals."""
+
+
+def signed_by(task: Task) -> Task:
+    """The task, signed by that coordinator."""
+    statement = run_statement(task.run_id, task.config, task.schema, task.aggregator)
+    return replace(task, coordinator=KNOWN.public, signature=KNOWN.sign(statement))
+
+
+SEALS = Policy(self_test=False, coordinator=KNOWN.public.hex())
+
+
 class TestSealed:
     @pytest.fixture
     def sealed(self, make_config: MakeConfig) -> RunConfig:
@@ -1173,8 +1186,8 @@ class TestSealed:
         self, config: RunConfig, sealed: RunConfig, ask: Ask, tmp_path: Path
     ) -> None:
         plain = updated(ask().answer(evaluation_of(config, 1, 1)))
-        site = ask(secure=keys(tmp_path))
-        task = evaluation_of(sealed, 1, 1, aggregator=public_of(SEALING))
+        site = ask(secure=keys(tmp_path), policy=SEALS)
+        task = signed_by(evaluation_of(sealed, 1, 1, aggregator=public_of(SEALING)))
         packed = pack(task)
         reply = site(packed)
         answer = updated(read_reply(reply))
@@ -1195,15 +1208,28 @@ class TestSealed:
             open_reply(sent, pinned, SEALING[::-1], task_digest(packed))
 
     def test_without_an_identity_nothing_leaves_the_site(self, sealed: RunConfig, ask: Ask) -> None:
-        task = task_for(sealed, aggregator=public_of(SEALING))
-        assert refusal(ask().answer(task)) is Refusal.PROTOCOL
+        task = signed_by(task_for(sealed, aggregator=public_of(SEALING)))
+        assert refusal(ask(policy=SEALS).answer(task)) is Refusal.PROTOCOL
+
+    def test_nor_for_a_key_that_no_known_coordinator_has_signed(
+        self, sealed: RunConfig, ask: Ask, tmp_path: Path
+    ) -> None:
+        """Whoever relays a task could put a key of its own in the place of the server's."""
+        task = signed_by(task_for(sealed, aggregator=public_of(SEALING)))
+        site = ask(secure=keys(tmp_path), policy=SEALS)
+        relayed = replace(task, aggregator=public_of(SEALING[::-1]))
+        assert refusal(site.answer(relayed)) is Refusal.COORDINATOR
+        stranger = ask(secure=keys(tmp_path / "other"))  # it knows no coordinator
+        assert refusal(stranger.answer(task)) is Refusal.COORDINATOR
+        assert (site.entries, stranger.reads) == (1, 0)
 
     @pytest.mark.parametrize("key", [b"", bytes(32), b"short"])
     def test_nor_for_a_key_that_is_none(
         self, sealed: RunConfig, ask: Ask, tmp_path: Path, key: bytes
     ) -> None:
-        site = ask(secure=keys(tmp_path))
-        assert refusal(site.answer(task_for(sealed, aggregator=key))) is Refusal.PROTOCOL
+        site = ask(secure=keys(tmp_path), policy=SEALS)
+        task = signed_by(task_for(sealed, aggregator=key))
+        assert refusal(site.answer(task)) is Refusal.PROTOCOL
         assert (site.reads, site.entries) == (0, 1)
 
 

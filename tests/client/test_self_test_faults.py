@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from fedveil.client import self_test as running
 from fedveil.client import training
-from fedveil.client.self_test import self_test
+from fedveil.client.self_test import ConformanceError, self_test
 from fedveil.privacy import clipping, discrete, mechanism
 from fedveil.privacy.clipping import CLIPPING_SLACK
 from fedveil.privacy.ledger import Ledger
@@ -119,18 +119,22 @@ def both_hooks(patch: Patch) -> None:
     patch.setattr(mechanism, "MECHANISMS", twice)
 
 
+CHECK_WHOLE_NORM = running._check_whole_norm
+
+
+def by_statistics_alone(patch: Patch) -> None:
+    """Without the one record whose clipped gradient the self-test looks at by itself."""
+    patch.setattr(running, "_check_whole_norm", lambda _priced: None)
+
+
 def no_clipping(patch: Patch) -> None:
-    patch.setattr(
-        clipping,
-        "_factors",
-        lambda flat, count, _bound: torch.cat(
-            [torch.ones(count), torch.zeros(len(next(iter(flat.values()))) - count)]
-        ).double(),
-    )
+    by_statistics_alone(patch)
+    patch.setattr(clipping, "_factors", lambda _flat, real, _bound: real.double())
     patch.setattr(training, "CLIPPING_SLACK", 1e-6)  # what a site's update is clipped with
 
 
 def clipped_too_late(patch: Patch) -> None:
+    by_statistics_alone(patch)
     patch.setattr(clipping, "CLIPPING_SLACK", CLIPPING_SLACK / 1.1)
     patch.setattr(training, "CLIPPING_SLACK", CLIPPING_SLACK / 1.1)
 
@@ -276,6 +280,59 @@ class TestFaults:
         found = [one.tested(seed) for seed in range(TRIES)]
         assert sum(due <= {*each.failed} for each in found) >= 0.9 * TRIES
         assert sum(each.outcome == "violated" for each in found) >= 0.9 * TRIES
+
+    @pytest.mark.parametrize("name", ["central", "distributed", "local", "site"])
+    @pytest.mark.parametrize("fault", ["each by itself", "x 1.1"])
+    def test_clipping_that_is_not_over_all_parameters(
+        self, case: MakeCase, monkeypatch: Patch, name: str, fault: str
+    ) -> None:
+        one = case(name)
+        real, whole = clipping._factors, training.clipped_update
+        if fault == "x 1.1":
+            clipped_too_late(monkeypatch)
+            monkeypatch.setattr(running, "_check_whole_norm", CHECK_WHOLE_NORM)
+        else:
+
+            def add(total: Any, flat: Any, rows: Any, bound: float) -> None:  # noqa: ANN401
+                for key, gradients in flat.items():
+                    factors = real({key: gradients}, rows, bound)
+                    total[key] += (factors @ gradients).view_as(total[key])
+
+            def each(change: Any, norm: float) -> Any:  # noqa: ANN401
+                return {k: whole({k: v}, norm)[0][k] for k, v in change.items()}, True
+
+            monkeypatch.setattr(clipping, "_add_clipped", add)
+            monkeypatch.setattr(running, "clipped_update", each)
+        with pytest.raises(ConformanceError, match=r"^clipping = .*one (record|site) must move"):
+            one.tested()
+
+    @pytest.mark.parametrize("name", ["central", "local"])
+    def test_noise_on_one_parameter_only(
+        self, case: MakeCase, monkeypatch: Patch, name: str
+    ) -> None:
+        real = mechanism.add_noise
+
+        def first(total: Any, scale: float, coins: Coins) -> Any:  # noqa: ANN401
+            key = min(total)
+            return {**total, key: real({key: total[key]}, scale, coins)[key]}
+
+        row = mechanism.MECHANISMS[name]  # type: ignore[index]
+        hooks = {"at_site": row.at_site, "at_server": row.at_server}
+        kept = {k: first if hook is real else hook for k, hook in hooks.items()}
+        broken = {**mechanism.MECHANISMS, name: replace(row, **kept)}
+        monkeypatch.setattr(mechanism, "MECHANISMS", broken)
+        assert "noise" in case(name).tested().failed
+
+    def test_an_update_that_gets_the_whole_of_the_budget(
+        self, case: MakeCase, monkeypatch: Patch
+    ) -> None:
+        one = case("site")
+        adaptive = replace(one.priced, adaptive=True)
+        self_test(one.config, adaptive, 1, one.coins(0))
+        less = property(lambda plan: plan.noise_multiplier / 4)
+        monkeypatch.setattr(type(adaptive), "update_noise", less)
+        with pytest.raises(ConformanceError, match=r"^noise of a round = "):
+            self_test(one.config, adaptive, 1, one.coins(0))
 
     def test_the_same_coins_at_two_sites(self, case: MakeCase) -> None:
         for name in ("distributed", "site", "site, secagg"):

@@ -25,7 +25,17 @@ from fedveil.server.simulation.begun import Begun
 from fedveil.server.simulation.recorder import Alter, Crossing, RecordingGrid, passed_on
 from fedveil.server.simulation.sites import load_shards
 from fedveil.server.store import RunFolder
-from fedveil.wire import ADVERTISE, CONFIRM, DEAL, EVALUATE, TRAIN, UNMASK, read_step, read_task
+from fedveil.wire import (
+    ADVERTISE,
+    CONFIRM,
+    DEAL,
+    END,
+    EVALUATE,
+    TRAIN,
+    UNMASK,
+    read_step,
+    read_task,
+)
 
 # Of an order that Opacus does not use; `privacy.accounting` ignores it, pytest forgets that.
 pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")
@@ -305,6 +315,6 @@ def test_a_recorder_sees_what_a_run_without_one_sends(
     actions = [one.action for one in runs.crossings]
     # Two rounds and an evaluation in one epoch, four sites, there and back.
     assert {action: actions.count(action) for action in actions} == {
-        ADVERTISE: 8, DEAL: 8, TRAIN: 16, EVALUATE: 8, CONFIRM: 24, UNMASK: 24,
+        ADVERTISE: 8, DEAL: 8, TRAIN: 16, EVALUATE: 8, CONFIRM: 24, UNMASK: 24, END: 8,
     }  # fmt: skip
     assert partial(RUN_LOCAL).func.__defaults__ == (local.alone,)
