@@ -201,7 +201,7 @@ class TestRun:
         first, fault = result.out.splitlines()
         assert first.startswith(f"{copy}: transcript violated")
         assert fault.startswith("  VIOLATED transcript.bin: ")
-        return fault.removeprefix("  VIOLATED transcript.bin: ")
+        return str(fault.removeprefix("  VIOLATED transcript.bin: "))
 
     def test_a_transcript_that_is_gone(
         self, call: Call, secure_run: fedveil.Run, tmp_path: Path

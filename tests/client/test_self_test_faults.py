@@ -317,9 +317,9 @@ class TestFaults:
             return {**total, key: real({key: total[key]}, scale, coins)[key]}
 
         row = mechanism.MECHANISMS[name]  # type: ignore[index]
-        hooks = {"at_site": row.at_site, "at_server": row.at_server}
-        kept = {k: first if hook is real else hook for k, hook in hooks.items()}
-        broken = {**mechanism.MECHANISMS, name: replace(row, **kept)}
+        site, server = (first if hook is real else hook for hook in (row.at_site, row.at_server))
+        broken: dict[Any, Any] = dict(mechanism.MECHANISMS)
+        broken[name] = replace(row, at_site=site, at_server=server)
         monkeypatch.setattr(mechanism, "MECHANISMS", broken)
         assert "noise" in case(name).tested().failed
 
