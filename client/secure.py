@@ -12,7 +12,7 @@ import numpy as np
 from ..privacy import vector
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
-from ..privacy.secagg.encoding import Message, Text, decode, encode, limit
+from ..privacy.secagg.encoding import Message, Text, decode, encode
 from ..privacy.secagg.errors import (
     DifferentContextError,
     DifferentSetupError,
@@ -100,7 +100,7 @@ class SecureSite:
                 party.end_epoch()
             return Step(step.run_id, b"")
         kind, handler = STEPS[action]
-        message = decode_limited(kind, step.body)
+        message = decode(kind, step.body)
         with self.party(step.run_id) as party:
             return Step(step.run_id, encode(handler(party, message)))
 
@@ -125,19 +125,6 @@ class SecureSite:
                 raise
             self._open[run_id] = vault, party
         return self._open[run_id][1]
-
-
-def decode_limited(kind: type[Any], body: bytes) -> Any:  # noqa: ANN401
-    """A message, read only if it is no longer than one of its kind can be.
-
-    Raises:
-        MalformedMessageError: It is none.
-    """
-    if len(body) > limit(kind):
-        raise MalformedMessageError(
-            f"{kind.__name__}: {len(body)} bytes, expected at most {limit(kind)}"
-        )
-    return decode(kind, body)
 
 
 def check_name(run_id: str) -> None:
@@ -178,11 +165,11 @@ def open_round(party: Party, task: Task, blocks: tuple[vector.Placed, ...], pric
         SecAggError: The round may not be.
     """
     if task.deals:
-        party.accept(decode_limited(Deals, task.deals))
+        party.accept(decode(Deals, task.deals))
     numbers = None if party.setup is None else party.setup.numbers
     if numbers != priced.numbers:
         raise DifferentSetupError(f"set-up: has {numbers}, expected {priced.numbers} as priced")
-    opening: Opening = decode_limited(Opening, task.opening)
+    opening = decode(Opening, task.opening)
     expected = tuple(one.block for one in blocks)
     if opening.blocks != expected:
         raise DifferentContextError(f"blocks: are {opening.blocks}, expected {expected} as priced")

@@ -46,8 +46,6 @@ it.
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..config import ConfigError
 from .discrete import DISTANCE, MAX_STRETCH, ripple, sigma, variance
 from .secagg.encoding import MAX_WORDS
@@ -197,27 +195,6 @@ def slack(releases: int, sites: int, epsilon: float) -> tuple[float, float]:
             "no guarantee; make fewer releases or lower epsilon"
         )
     return more, share * (1 + _FLOATS)
-
-
-def distributed_rdp(order: np.ndarray, d2: float, d1: float, tau: float, length: int) -> np.ndarray:
-    """Renyi divergence of the distributed discrete Gaussian without sampling, at each order.
-
-    Kairouz, Liu and Steinke 2021, section 3; a second opinion beside the module's argument.
-
-    Args:
-        order: [a] Renyi orders above 1.
-        d2: L2 distance of two neighbouring sums over the noise's standard deviation.
-        d1: Their L1 distance, likewise.
-        tau: Distance of a sum of discrete Gaussians from one, a coordinate.
-        length: Coordinates.
-    """
-    bounds = (
-        order / 2 * d2**2 + tau * length,
-        order / 2 * (d2**2 + 2 * d1 * tau + tau**2 * length),
-        order / 2 * (d2 + math.sqrt(length) * tau) ** 2,
-    )
-    least: np.ndarray = np.minimum.reduce(bounds)
-    return least
 
 
 def _root(stretch: int, honest: int) -> float:

@@ -16,8 +16,8 @@ from ..config import FedveilError
 from ..flower import Grid, Message, RecordDict
 from ..privacy.secagg.aggregator import Aggregator
 from ..privacy.secagg.encoding import Message as Body
-from ..privacy.secagg.encoding import decode, encode, limit
-from ..privacy.secagg.errors import MalformedMessageError, SecAggError, SwappedIdentityError
+from ..privacy.secagg.encoding import decode, encode
+from ..privacy.secagg.errors import SecAggError, SwappedIdentityError
 from ..privacy.secagg.messages import (
     Advertisement,
     Confirmation,
@@ -36,7 +36,6 @@ from ..wire import (
     UNMASK,
     Refused,
     Step,
-    Update,
     WireError,
     pack,
     read_answer,
@@ -217,7 +216,7 @@ class SecureSums:
                 raise WireError(f"refused: {reply.code.value}")
             if reply.arrays or reply.sums:
                 raise WireError("reply: has arrays, expected a masked vector only")
-            upload = _read(Upload, reply)
+            upload = decode(Upload, reply.upload)
             _check_sender(upload.uploaded.site, place)
             aggregator.add_upload(upload)
             signed = upload.uploaded
@@ -252,7 +251,7 @@ class SecureSums:
             answer = read_answer(message)
             if isinstance(answer, Refused):
                 raise WireError(f"refused: {answer.code.value}")
-            body = _read(kind, answer)
+            body = decode(kind, answer.body)
             _check_sender(body.site, place)
             add(body)
 
@@ -297,20 +296,6 @@ class SecureSums:
                 except (WireError, SecAggError) as error:
                     dropped[site] = str(error)
         dropped |= {site: failed.get(site, "no reply") for site in waiting}
-
-
-def _read(kind: type[Any], reply: Step | Update) -> Any:  # noqa: ANN401
-    """The protocol's message in a reply.
-
-    Raises:
-        MalformedMessageError: There is none of this kind.
-    """
-    body = reply.body if isinstance(reply, Step) else reply.upload
-    if len(body) > limit(kind):
-        raise MalformedMessageError(
-            f"{kind.__name__}: {len(body)} bytes, expected at most {limit(kind)}"
-        )
-    return decode(kind, body)
 
 
 def _check_sender(named: int, place: int) -> None:

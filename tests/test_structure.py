@@ -38,9 +38,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # It writes files that are whole or not there.
     "data_prep.cleaned": ("data_prep", "config", "files"),
     "models": ("models", "data_prep.schema", "data_prep.queries", "config"),
-    "client": ("client", "models", "privacy", "data_prep", "wire", "config", "flower"),
+    # Kits, roster and control plane: no model, no record.
+    "deployment": ("deployment", "config", "files", "privacy.secagg.keys"),
+    "client": (
+        "client", "deployment", "models", "privacy", "data_prep", "wire", "config", "files",
+        "flower",
+    ),
     "server": (
-        "server", "models", "privacy", "data_prep.schema", "wire", "config", "files", "flower",
+        "server", "deployment", "models", "privacy", "data_prep.schema", "wire", "config",
+        "files", "flower",
     ),
     "server.simulation": (
         "server", "client", "models", "privacy", "data_prep", "wire", "config", "files",

@@ -399,10 +399,14 @@ def decode(kind: type[MessageT], data: Buffer) -> MessageT:
     """The message that these bytes are; a vector in it lies in them, and is not copied.
 
     Raises:
-        MalformedMessageError: They are no message of this kind and version, or there are more.
+        MalformedMessageError: They are no message of this kind and version, or there are more; what
+            is longer than one can be is not read at all.
         UnsafeNumbersError: Its numbers are none that the protocol allows.
     """
     what = kind.__name__
+    length = memoryview(data).nbytes
+    if length > limit(kind):
+        raise MalformedMessageError(f"{what}: {length} bytes, expected at most {limit(kind)}")
     reader = Reader(data)
     header = bytes(reader.take(len(_header(kind)), what))
     if header != _header(kind):

@@ -15,7 +15,6 @@ from fedveil.client.secure import (
     Opened,
     SecureSite,
     check_name,
-    decode_limited,
     open_round,
     upload,
 )
@@ -245,7 +244,7 @@ class TestWhatItReads:
         kind, _ = STEPS[action]
         long = bytes(limit(kind) + 1)
         with pytest.raises(MalformedMessageError, match=f"{kind.__name__}: {len(long)} bytes"):
-            decode_limited(kind, long)
+            decode(kind, long)
 
     @pytest.mark.parametrize("action", [DEAL, CONFIRM, UNMASK])
     def test_another_step_s_message(self, sites: Sites, action: str) -> None:

@@ -331,7 +331,8 @@ class TestEveryMessage:
     ) -> None:
         message = draw.draw(of(kind))
         assert isinstance(message, kind)
-        with pytest.raises(MalformedMessageError, match=f"{len(tail)} bytes too many"):
+        # Of a kind whose messages are all of one length it is not even read.
+        with pytest.raises(MalformedMessageError, match=r"bytes too many|bytes, expected at most"):
             decode(kind, encode(message) + tail)
 
     @EVERY_KIND
