@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 from ...client.site import Site
 from ...config import ConfigError, Federation
-from ...flower import start_simulation
+from ...flower.simulation import start_simulation
 from ...machine import cores, memory_available, on_network
 from ..replies import RunError
 from ..rounds import Observer

@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-from ...flower import acquire_task, simulate_task
+from ...flower.simulation import acquire_task, simulate_task
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from hmac import compare_digest
 from typing import Any
 
-from ...flower import KEY_HEADER, superlink_app
+from ...flower.superlink import KEY_HEADER, simulating_superlink
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -61,7 +61,7 @@ def main() -> None:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()  # before its port is told: who connects early waits
-    app = gated(superlink_app(), key)
+    app = gated(simulating_superlink(), key)
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))

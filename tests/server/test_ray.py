@@ -22,7 +22,7 @@ import fedveil
 from fedveil import machine
 from fedveil.client.site import Site
 from fedveil.config import ConfigError, Federation, FedveilError, RunConfig
-from fedveil.flower import KEY_HEADER
+from fedveil.flower.superlink import KEY_HEADER
 from fedveil.ledgers import check, find, known_heads
 from fedveil.models.state import read_file
 from fedveil.privacy.noise import Coins
@@ -235,7 +235,7 @@ def test_a_superlink_without_a_key_does_not_start(key: str, tmp_path: Path) -> N
 def test_a_proxy_is_not_asked(name: str, tmp_path: Path) -> None:
     """What starts a run goes straight to loopback, whatever proxy is set."""
     code = (
-        "import sys; from fedveil.flower import start_simulation;"
+        "import sys; from fedveil.flower.simulation import start_simulation;"
         "start_simulation(sys.argv[1], 'k', ('a:b', 'c:d'), {}, 1, 1, 0.0)"
     )
     with socket.socket() as proxy, socket.socket() as link:

@@ -1,0 +1,100 @@
+"""Flower's SuperLink, for a simulation and for a deployment, and what is sent to it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import httpx
+    from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+KEY_HEADER = "x-fedveil-key"
+"""Carries the key of a SuperLink of ours, whose Control API would know no accounts otherwise."""
+
+
+def simulating_superlink() -> Any:  # noqa: ANN401
+    """A SuperLink for one simulation, as an ASGI app with its state in memory."""
+    from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+
+    return _superlink(FLWR_IN_MEMORY_DB_NAME, None, simulation=True)
+
+
+def deployed_superlink(database: Path, secret: bytes) -> Any:  # noqa: ANN401
+    """A SuperLink for sites that sign their requests, as an ASGI app with its state in SQLite.
+
+    Args:
+        database: Its file.
+        secret: At least 32 bytes; who takes a task must know it.
+    """
+    return _superlink(str(database), secret, simulation=False)
+
+
+def _superlink(database: str, secret: bytes | None, *, simulation: bool) -> Any:  # noqa: ANN401
+    """It starts nothing by itself: no legacy gRPC server, no process that would take tasks."""
+    from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+    from flwr.superlink.main import create_app
+
+    config = SuperLinkLifespanConfig(
+        control_address="127.0.0.1:0",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=0,
+        insecure=simulation,
+        certificates=None,
+        superexec_auth_secret=secret,
+        authn_plugin=load_control_authn_plugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=not simulation,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=simulation,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=database,
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+class WithKey:
+    """Adds a SuperLink's key to every request."""
+
+    def __init__(self, key: str) -> None:
+        """With this key."""
+        self._key = key
+
+    def intercept(
+        self, context: "ProtobufRequestContext", call_next: "ProtobufCall"
+    ) -> "httpx.Response":
+        """See Flower's `ProtobufClientInterceptor`."""
+        context.request.headers[KEY_HEADER] = self._key
+        return call_next(context)
+
+
+def bundle(apps: tuple[str, str], values: Mapping[str, str]) -> bytes:
+    """The bundle that Flower wants for a run; it holds no code, and the same bytes each time.
+
+    Args:
+        apps: Where ServerApp and ClientApp stand, as "module:object" of installed code.
+        values: The apps' run configuration.
+    """
+    import tomli_w
+    from flwr.cli.build import build_fab_from_files
+
+    server, client = apps
+    app = {
+        "publisher": "fedveil",
+        "components": {"serverapp": server, "clientapp": client},
+        "config": {**values},
+    }
+    project = {"name": "fedveil-run", "version": "1.0.0", "license": "Apache-2.0"}
+    manifest = tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}})
+    content: bytes = build_fab_from_files({"pyproject.toml": manifest.encode()})[0]
+    return content
