@@ -26,7 +26,7 @@ from .options import (
 from .policy import RunPolicy
 from .reading import ConfigError
 
-TRANSPORT = ("engine", "ray_address", "client_cpus", "client_gpus")
+TRANSPORT = ("engine", "ray_address", "client_cpus", "client_gpus", "patience")
 """Options of `federation` that say where a run runs, and nothing of what it is."""
 
 BUILT_IN_SIZES = {"sklearn:digits": 1797, "sklearn:breast_cancer": 569}

@@ -57,6 +57,11 @@ class Federation(Options):
         description="GPUs that Ray keeps for a client, or the share of one (`ray`); no family "
         "computes on them yet.",
     )
+    patience: Positive = Field(
+        60.0,
+        description="Seconds that a deployed run waits, before its first round, for sites that are "
+        "away once enough others are ready.",
+    )
     min_replies: Count | None = Field(
         None,
         description="Fewest usable replies a round may go on with. Default: more than half the "

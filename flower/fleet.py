@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app.message import remove_content_from_message
+from flwr.app.message.message import make_message, remove_content_from_message
+from flwr.app.metadata import Metadata
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -44,7 +45,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from . import Error, Message
+from . import Error, Message, RecordDict
 
 ANSWER = TypeVar("ANSWER")
 HEARTBEAT = 10.0
@@ -233,7 +234,28 @@ def error_reply(message: Message) -> Message:
     return Message(Error(_APP_FAILED, ""), reply_to=message)
 
 
+def note_of(message: Message) -> dict[str, Any]:
+    """What it takes to answer a message after the process that had it in hand was killed."""
+    about = message.metadata
+    return {name: getattr(about, name) for name in _NOTED}
+
+
+def noted(note: dict[str, Any]) -> Message:
+    """A message without its content, as noted before; to be answered with an error.
+
+    Raises:
+        ValueError: It is no note.
+    """
+    if note.keys() != set(_NOTED):
+        raise ValueError("note: is none of a message")
+    return make_message(Metadata(**note), content=RecordDict())
+
+
 _APP_FAILED = 2
+_NOTED = (
+    "run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id", "group_id",
+    "created_at", "ttl", "message_type", "src_task_id", "dst_task_id",
+)  # fmt: skip
 
 
 def bundle_hash(content: bytes) -> str:

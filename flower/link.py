@@ -1,7 +1,6 @@
 """A deployed SuperLink, as the server's own processes use it: its nodes, and a run's grid."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
-    GetNodesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
@@ -34,11 +32,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from .fleet import UnreachableError, called
-from .superlink import WithKey, bundle
+from .superlink import WithKey, deployed_bundle
 
-APPS = "fedveil.server.executor:app", "fedveil.client.node:app"
-BUNDLE = bundle(APPS, {})
-"""Of every deployed run: it holds no code, and who runs one runs what is installed."""
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _BEAT = 10.0  # seconds between a task's signs of life; Flower waits for three times as long
 
@@ -68,7 +63,7 @@ def node_key(openssh: str) -> bytes:
     return found
 
 
-def keep_nodes(app: Any, keys: Mapping[str, bytes]) -> dict[str, bool]:  # noqa: ANN401
+def keep_nodes(app: Any, keys: Mapping[str, bytes]) -> dict[str, tuple[int, bool]]:  # noqa: ANN401
     """Makes a SuperLink know these sites, and no others.
 
     Args:
@@ -76,23 +71,31 @@ def keep_nodes(app: Any, keys: Mapping[str, bytes]) -> dict[str, bool]:  # noqa:
         keys: Public keys (PEM) by the site's name.
 
     Returns:
-        Whether each is connected.
+        Node and whether it is connected, by the site's name; none of a key that was known before
+        and taken off: a SuperLink has each key once.
     """
     state = app.state.linkstate_factory.state()
-    known = {
-        node.public_key: node
-        for node in state.get_node_info(owner_aids=[NOOP_FLWR_AID])
-        if node.status != NodeStatus.UNREGISTERED
-    }
+    known = _known(state)
     for public in known.keys() - set(keys.values()):
         state.delete_node(NOOP_FLWR_AID, known[public].node_id)
     for name, public in keys.items():
         if public not in known:
-            # A key that was taken off the roster stays off: a SuperLink has each key once.
             with suppress(ValueError):
                 state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public, 0, name=name)
-    online = {p for p, node in known.items() if node.status == NodeStatus.ONLINE}
-    return {name: public in online for name, public in keys.items()}
+    nodes = _known(state)
+    return {
+        name: (int(nodes[public].node_id), nodes[public].status == NodeStatus.ONLINE)
+        for name, public in keys.items()
+        if public in nodes
+    }
+
+
+def _known(state: Any) -> dict[bytes, Any]:  # noqa: ANN401
+    return {
+        node.public_key: node
+        for node in state.get_node_info(owner_aids=[NOOP_FLWR_AID])
+        if node.status != NodeStatus.UNREGISTERED
+    }
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def _started(address: Address) -> int:
             address.at, insecure=False, root_certificates=address.ca, interceptors=(key,)
         )
     ) as control:
-        asked = StartRunRequest(fab=Fab(content=BUNDLE))
+        asked = StartRunRequest(fab=Fab(content=deployed_bundle()))
         return int(called(control.StartRun, asked).run_id)
 
 
@@ -204,14 +207,6 @@ class RunGrid(HttpGrid):
         if self._beating.is_alive():
             self._beating.join()
         self.close()
-
-    def nodes(self) -> dict[bytes, int]:
-        """The nodes that are connected now: each public key's (PEM)."""
-        found = called(self._runtime_client.GetNodes, GetNodesRequest())
-        now = time.time()
-        return {
-            node.public_key: int(node.node_id) for node in found.nodes if node.online_until > now
-        }
 
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT):

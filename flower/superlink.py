@@ -78,6 +78,11 @@ class WithKey:
         return call_next(context)
 
 
+def deployed_bundle() -> bytes:
+    """The bundle of every deployed run: who runs one runs what is installed."""
+    return bundle(("fedveil.server.app:server_app", "fedveil.client.app:client_app"), {})
+
+
 def bundle(apps: tuple[str, str], values: Mapping[str, str]) -> bytes:
     """The bundle that Flower wants for a run; it holds no code, and the same bytes each time.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from ..wire import (
     site_name,
     task_digest,
 )
-from .coordinator import Coordinator, coordinator
+from .coordinator import Coordinator
 from .evaluation import expected_sums
 from .replies import Collected, RunError, in_the_open, usable_replies
 from .secure import Federation, RoundError, SecureSums
@@ -50,6 +51,7 @@ class Channel:
     Attributes:
         grid: Carries messages.
         sites: The node of each site, by the site's number.
+        names: The name of each site.
         config: The resolved configuration.
         schema: What a record is.
         priced: The run's plan.
@@ -62,6 +64,7 @@ class Channel:
 
     grid: Grid
     sites: Mapping[int, int]
+    names: Mapping[int, str]
     config: RunConfig
     schema: Schema
     priced: Plan
@@ -118,32 +121,48 @@ def open_channel(
     run_id: str,
     parameters: Mapping[str, np.ndarray],
     folder: RunFolder,
+    asks: Coordinator,
 ) -> Channel:
     """The channel of a run, its secure sums taken up behind their transcript.
 
     Raises:
         FedveilError: Identities, keys or transcript cannot be used.
     """
-    plain = config.encryption == "none"
-    identities = {} if plain else read_identities(folder.path / IDENTITIES)
-    secure = _secure_sums(grid, sites, config, priced, run_id, identities, folder)
+    path = folder.path / IDENTITIES
+    identities = read_identities(path) if path.exists() or config.encryption != "none" else {}
+    names = names_of(identities, len(sites), path)
+    secure = _secure_sums(grid, sites, names, config, priced, run_id, identities, folder)
     return Channel(
         grid,
         sites,
+        names,
         config,
         schema,
         priced,
         run_id,
         parameters,
-        coordinator(folder.path),
+        asks,
         identities,
         secure,
     )
 
 
+def names_of(identities: Mapping[str, bytes], sites: int, path: Path) -> dict[int, str]:
+    """The name of each site, by its number: its place among the pinned identities, from 1.
+
+    Raises:
+        FedveilError: There are not as many.
+    """
+    names = list(identities) or [site_name(number) for number in range(1, sites + 1)]
+    if len(names) != sites:
+        raise FedveilError(f"{path}: has {len(names)} sites, the run has {sites}; begin a new run")
+    return dict(enumerate(names, start=1))
+
+
 def _secure_sums(
     grid: Grid,
     sites: Mapping[int, int],
+    names: Mapping[int, str],
     config: RunConfig,
     priced: Plan,
     run_id: str,
@@ -152,9 +171,6 @@ def _secure_sums(
 ) -> SecureSums | None:
     if priced.numbers is None:
         return None
-    names = {site: site_name(site) for site in sites}
-    if unknown := sorted(set(names.values()) - identities.keys()):
-        raise FedveilError(f"{folder.path / IDENTITIES}: {unknown[0]}: missing; pin its identity")
     made = Federation(
         run_id,
         sites,
@@ -209,13 +225,13 @@ def _each(channel: Channel, task: Task, ledgers: Ledgers) -> Collected:
         if reply.arrays or reply.sums:
             raise WireError("reply: has arrays, expected a sealed reply only")
         sealed = decode(SealedReply, reply.upload)
-        if sealed.site != site_name(site):
+        if sealed.site != channel.names[site]:
             raise WireError("reply: is another site's")
         pinned, private = dict(channel.identities), channel.coordinator.sealing
         return from_bytes(open_reply(sealed, pinned, private, context))
 
     found = usable_replies(
-        channel.grid.send_and_receive(messages),
+        channel.grid.send_and_receive(messages, timeout=config.secagg.deadline),
         {node: site for site, node in sites.items()},
         tasks,
         expected.arrays,

@@ -43,6 +43,15 @@ def coordinator(folder: Path) -> Coordinator:
                 create_secret_file(path, f"{secrets.token_hex(64)}\n".encode())
     except OSError as error:
         raise FedveilError(f"{path}: cannot be written ({error.strerror})") from None
+    return read_coordinator(path)
+
+
+def read_coordinator(path: Path) -> Coordinator:
+    """The coordinator of a key file.
+
+    Raises:
+        FedveilError: It holds none.
+    """
     try:
         key = bytes.fromhex(path.read_text(encoding="ascii"))
     except OSError as error:

@@ -31,11 +31,19 @@ from ..privacy.noise import Coins
 from ..privacy.plan import Plan, plan
 from .aggregation import STRATEGIES, ServerState, adapted, scaled, summed
 from .collect import Channel, open_channel
+from .coordinator import Coordinator
 from .evaluation import evaluated, questions
 from .replies import Collected, RunError
 from .store import Asked, Checkpoint, Event, RunFolder
 
 Observer = Callable[[Event], None]
+Prepare = Callable[[Channel, Observer], None]
+"""Waits until a run's sites are ready; it tells events of that."""
+
+
+def at_once(channel: Channel, tell: Observer) -> None:
+    """Sites that are ready as they are."""
+    del channel, tell
 
 
 def train(
@@ -46,6 +54,8 @@ def train(
     run_id: str,
     folder: RunFolder,
     observe: Observer,
+    asks: Coordinator,
+    prepare: Prepare = at_once,
 ) -> None:
     """Runs all rounds, or those that are left, and writes the run folder.
 
@@ -57,12 +67,15 @@ def train(
         run_id: Names the run in every message.
         folder: Where everything is kept; it exists. A run that it holds the state of goes on.
         observe: Sees every event as it is written.
+        asks: Signs the run.
+        prepare: Waits until the sites are ready.
 
     Raises:
         RunError: Too few usable replies. The folder keeps the last whole state.
         FedveilError: The folder is of another run, or of the same one priced otherwise.
     """
-    run = _open(grid, sites, config, schema, run_id, folder, observe)
+    run = _open(grid, sites, config, schema, run_id, folder, observe, asks)
+    prepare(run.channel, run.write)
     point, damaged = folder.load_checkpoint()
     if point is None:
         point = _begin(run)
@@ -99,7 +112,9 @@ class _Run:
     began: float
 
     def tell(self, event: str, **facts: Any) -> None:  # noqa: ANN401
-        line = {"event": event, **facts}
+        self.write({"event": event, **facts})
+
+    def write(self, line: Event) -> None:
         self.folder.append(line)
         self.observe(line)
 
@@ -112,12 +127,13 @@ def _open(
     run_id: str,
     folder: RunFolder,
     observe: Observer,
+    asks: Coordinator,
 ) -> _Run:
     began = time.perf_counter()
     kind = family(config.model.family)
     module = kind.build(config.model, schema)
     priced, parameters = plan(config), to_arrays(module, kind.trainable(module))
-    channel = open_channel(grid, sites, config, schema, priced, run_id, parameters, folder)
+    channel = open_channel(grid, sites, config, schema, priced, run_id, parameters, folder, asks)
     return _Run(channel, config, schema, run_id, folder, observe, priced, module, began)
 
 

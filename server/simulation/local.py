@@ -23,7 +23,7 @@ from ...flower import (
     set_message_id,
 )
 from ...machine import cores
-from ..app import server_app
+from ..app import Setting, server_app
 from ..rounds import Observer
 from ..store import Event, RunFolder
 from .begun import Begun
@@ -78,7 +78,7 @@ def run_apps(
     number = int(begun.run_id, 16)
     with site_log(begun.folder / "sites" / "site.log"), local_grid(app, nodes, number) as grid:
         context = Context(number, _SERVER_NODE, {}, RecordDict(), {**begun.values})
-        server_app(watch)(around(grid), context)
+        server_app(Setting(watch))(around(grid), context)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ...client.site import Site
 from ...config import RunConfig
 from ...data_prep.schema import schema_from_json
 from ...flower import ClientApp, ConfigRecord, Context, Grid, Message, RecordDict
-from ..app import server_app
+from ..app import Setting, server_app
 from ..replies import RunError
 from .sites import Shards, keep_log, load_shards, refuse_failed, simulated_site
 
@@ -84,5 +84,5 @@ def _shards(config: str, schema: str) -> Shards:
     return load_shards(RunConfig.model_validate_json(config), schema_from_json(schema))
 
 
-server = server_app(lambda folder: refuse_failed(folder.path), roster)
+server = server_app(Setting(lambda folder: refuse_failed(folder.path), roster))
 client = with_number(client_app(open_site))

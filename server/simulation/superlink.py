@@ -11,43 +11,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
-from hmac import compare_digest
-from typing import Any
 
-from ...flower.superlink import KEY_HEADER, simulating_superlink
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_TASK_PATHS = "/v1/runtime/"
-_ACQUIRE = "/v1/runtime/acquire-task"
-
-
-def gated(app: Asgi, key: str) -> Asgi:
-    """Lets requests through that carry the key, or are about a task and so carry its token."""
-
-    async def gate(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _may_pass(scope, key):
-            await app(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 403, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    return gate
-
-
-def _may_pass(scope: Scope, key: str) -> bool:
-    path: str = scope["path"]
-    if scope["type"] != "http":
-        return False
-    if path.startswith(_TASK_PATHS) and path != _ACQUIRE:
-        return True
-    given = dict(scope["headers"]).get(KEY_HEADER.encode(), b"")
-    return compare_digest(given, key.encode())
+from ...flower.superlink import simulating_superlink
+from ..gate import for_one_process, gated
 
 
 def main() -> None:
@@ -61,7 +28,7 @@ def main() -> None:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()  # before its port is told: who connects early waits
-    app = gated(simulating_superlink(), key)
+    app = gated(simulating_superlink(), for_one_process(key))
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))

@@ -31,6 +31,7 @@ from fedveil.privacy.secagg.quantise import quantise
 from fedveil.privacy.secagg.site import Site as Party
 from fedveil.server import coordinator as coordinator_module
 from fedveil.server.collect import open_channel
+from fedveil.server.coordinator import coordinator
 from fedveil.server.evaluation import questions
 from fedveil.server.replies import Collected
 from fedveil.server.secure import Sum
@@ -127,6 +128,7 @@ class World:
             RUN,
             parameters,
             RunFolder(self.folder),
+            coordinator(self.folder),
         )
         if channel.secure is not None:
             collect = channel.secure.collect

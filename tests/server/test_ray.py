@@ -1,6 +1,5 @@
 """The Ray engine: the same runs as the local one, behind a key, and gone when it is done."""
 
-import asyncio
 import json
 import os
 import signal
@@ -10,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,9 +27,8 @@ from fedveil.models.state import read_file
 from fedveil.privacy.noise import Coins
 from fedveil.server import simulation
 from fedveil.server.replies import RunError
-from fedveil.server.simulation import ray, superlink
+from fedveil.server.simulation import ray
 from fedveil.server.simulation.sites import simulated_site
-from fedveil.server.simulation.superlink import gated
 
 MakeConfig = Callable[..., RunConfig]
 CORES = machine.cores()
@@ -146,65 +144,6 @@ class TestTheEnvironment:
         found = ray._environment(tmp_path, None)
         assert found["FLWR_TELEMETRY_ENABLED"] == found["RAY_USAGE_STATS_ENABLED"] == "0"
         assert found["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-
-
-Scope = MutableMapping[str, Any]
-
-
-def status_of(path: str, headers: list[tuple[bytes, bytes]], kind: str = "http") -> int:
-    """What the gate says to a request; 200 is the app's own answer."""
-    sent: list[Scope] = []
-
-    async def app(scope: Scope, receive: object, send: Callable[[Scope], Awaitable[None]]) -> None:
-        await send({"type": "http.response.start", "status": 200})
-
-    async def receive() -> Scope:
-        return {}
-
-    async def send(message: Scope) -> None:
-        sent.append(message)
-
-    scope = {"type": kind, "path": path, "headers": headers}
-    asyncio.run(_call(gated(app, KEY), scope, receive, send))
-    return int(sent[0]["status"])
-
-
-async def _call(app: superlink.Asgi, *arguments: Any) -> None:  # noqa: ANN401
-    await app(*arguments)
-
-
-HEADER = KEY_HEADER.encode()
-WITH_KEY = [(b"host", b"x"), (HEADER, KEY.encode())]
-
-
-class TestTheGate:
-    @pytest.mark.parametrize(
-        "path",
-        [
-            "/v1/control/start-run", "/v1/control/list-runs", "/v1/fleet/pull-messages",
-            "/v1/runtime/acquire-task", "/v1/runtime", "/docs", "/", "/v1/responses",
-            "/V1/RUNTIME/x", "v1/runtime/x",
-        ],
-    )  # fmt: skip
-    @pytest.mark.parametrize(
-        "headers",
-        [[], [(HEADER, b"")], [(HEADER, KEY[:-1].encode())], [(HEADER, KEY.upper().encode())],
-         [(b"authorization", KEY.encode())]],
-    )  # fmt: skip
-    def test_nobody_passes_without_the_key(
-        self, path: str, headers: list[tuple[bytes, bytes]]
-    ) -> None:
-        assert status_of(path, headers) == 403
-
-    def test_the_key_opens(self) -> None:
-        assert status_of("/v1/control/start-run", WITH_KEY) == 200
-        assert status_of("/v1/runtime/acquire-task", WITH_KEY) == 200
-
-    def test_a_tasks_own_requests_carry_its_token(self) -> None:
-        assert status_of("/v1/runtime/pull-task-input", []) == 200
-
-    def test_a_websocket_does_not_pass(self) -> None:
-        assert status_of("/v1/control/stream-logs", WITH_KEY, "websocket") == 403
 
 
 def asked(port: int, path: str, key: str | None) -> int:

@@ -41,6 +41,7 @@ from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
 from fedveil.server import rounds
 from fedveil.server.aggregation import STRATEGIES, ServerState
+from fedveil.server.coordinator import coordinator
 from fedveil.server.evaluation import expected_sums, questions
 from fedveil.server.replies import RunError
 from fedveil.server.rounds import advance, train
@@ -357,7 +358,8 @@ def run(config: RunConfig, grid: Grid, folder: RunFolder, run_id: str = "run-a")
     """Trains over a grid; what was observed."""
     observed: list[Event] = []
     sites = {node: node for node in sorted(grid.get_node_ids())}
-    train(grid, sites, config, run_schema(config), run_id, folder, observed.append)
+    asks = coordinator(folder.path)
+    train(grid, sites, config, run_schema(config), run_id, folder, observed.append, asks)
     return observed
 
 

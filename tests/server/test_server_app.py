@@ -18,7 +18,7 @@ from fedveil.flower import (
     empty_run,
     set_identity,
 )
-from fedveil.server.app import ignore, server_app
+from fedveil.server.app import Setting, ignore, server_app
 from fedveil.server.store import Event, RunFolder
 from fedveil.wire import Update, pack, read_task
 
@@ -88,7 +88,7 @@ def values(make_config: MakeConfig, tmp_path: Path) -> Iterator[dict[str, str]]:
 def start(values: dict[str, str], observe: Callable[[Event], None] = ignore) -> Obliging:
     """Runs the app over the obliging sites."""
     grid = Obliging()
-    server_app(lambda _: observe)(grid, Context(1, 0, {}, RecordDict(), {**values}))
+    server_app(Setting(lambda _: observe))(grid, Context(1, 0, {}, RecordDict(), {**values}))
     return grid
 
 

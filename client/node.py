@@ -1,0 +1,248 @@
+"""A site's process: it asks the server for messages and answers them with the installed app.
+
+`python -m fedveil.client.node KIT` goes on until it is told to stop, whatever the server does. It
+is Flower's SuperNode and its executor in one: it speaks the Fleet API over outbound HTTPS, listens
+nowhere, runs no code but what is installed here, and says why it fails to nobody but its own log.
+"""
+
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from ..config import ConfigError, FedveilError
+from ..deployment.control import ControlClient
+from ..deployment.kit import Kit, open_kit
+from ..deployment.logs import configure
+from ..files import replace_file
+from ..flower import ClientApp, Context, Message, RecordDict, set_identity
+from ..flower.fleet import (
+    Fleet,
+    RefusedError,
+    UnreachableError,
+    bundle_hash,
+    error_reply,
+    note_of,
+    noted,
+)
+from ..flower.superlink import deployed_bundle
+from ..privacy.noise import Coins
+from .app import client_app
+from .deployed import open_deployed, refresh_identities
+from .site import Site
+from .status import Status
+
+log = logging.getLogger(__name__)
+
+SOON, LATER, SHARE = 0.05, 2.0, 0.05
+"""Between two questions is this share of the time since the last message, within these seconds."""
+_FIRST_RETRY, _LAST_RETRY = 1.0, 30.0
+_IN_HAND = "in-hand.json"
+_SESSION = "session.json"
+
+
+def main(folder: Path) -> int:
+    """Serves a site's kit until a signal comes."""
+    configure("node")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        kit = open_kit(folder, "site")
+        with closing(open_deployed(kit, Coins.from_system())) as site:
+            Node(kit, site, stop).serve()
+    except FedveilError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+def pause(idle: float) -> float:
+    """Seconds until the next question, after so many without a message."""
+    return min(LATER, max(SOON, SHARE * idle))
+
+
+class Node:
+    """A site and its connection, for the life of a process."""
+
+    def __init__(self, kit: Kit, site: Site, stop: threading.Event) -> None:
+        """Of a kit and its opened site; it ends when `stop` is set."""
+        self._kit, self._site, self._stop = kit, site, stop
+        self._app: ClientApp = client_app(lambda _: site)
+        self._status = Status(kit, stop)
+        self._known: dict[int, bool] = {}
+
+    def serve(self) -> None:
+        """Connects, answers, and connects again, until it is told to stop.
+
+        Raises:
+            FedveilError: A key of the kit cannot be used.
+        """
+        fleet = Fleet(self._kit.fleet, self._kit.ca.read_bytes(), node_key(self._kit))
+        with closing(fleet):
+            retry = _FIRST_RETRY
+            while not self._stop.is_set():
+                self._status.set("connecting")
+                try:
+                    self._take_roster()
+                    with fleet.session(self._last_session()) as node:
+                        self._keep(_SESSION, {"node": node})
+                        self._status.set("connected")
+                        log.info("connected to %s", self._kit.fleet)
+                        retry = _FIRST_RETRY
+                        self._answer_all(fleet)
+                except (OSError, FedveilError) as error:
+                    log.warning("%s; trying again in %.0f s", told(self._kit, error), retry)
+                    self._status.set("connecting", error=told(self._kit, error))
+                    self._stop.wait(retry)
+                    retry = min(_LAST_RETRY, 2 * retry)
+        self._status.set("stopped")
+
+    def _answer_all(self, fleet: Fleet) -> None:
+        """Answers messages until the session ends."""
+        self._answer_for_the_dead(fleet)
+        last = time.monotonic()
+        while not self._stop.is_set():
+            if fleet.lost.is_set():
+                raise RefusedError("the session is over")
+            message = self._persistently(fleet, fleet.receive)
+            if message is None:
+                self._stop.wait(pause(time.monotonic() - last))
+                continue
+            self._keep(_IN_HAND, note_of(message))
+            reply = self._answer(fleet, message)
+            try:
+                self._persistently(fleet, lambda: fleet.reply(reply))  # noqa: B023  called at once
+            except RefusedError as error:
+                log.warning(
+                    "a reply is not taken (%s): its run is over, or it came too late", error
+                )
+            self._keep(_IN_HAND, None)
+            self._status.set("connected")
+            last = time.monotonic()
+
+    def _answer(self, fleet: Fleet, message: Message) -> Message:
+        """The app's reply, or an error without a word."""
+        run_id = message.metadata.run_id
+        set_identity(run_id, fleet.node_id)
+        try:
+            if not self._is_ours(fleet, run_id):
+                return error_reply(message)
+            self._status.set("working", run=f"{run_id}", action=message.metadata.message_type)
+            context = Context(run_id, fleet.node_id, {}, RecordDict(), {})
+            return self._app(message, context)
+        except Exception as error:
+            log.error("a message failed: %s", type(error).__name__)
+            log.debug("its cause", exc_info=True)
+            return error_reply(message)
+
+    def _is_ours(self, fleet: Fleet, run_id: int) -> bool:
+        """Whether a run was started with our bundle, which holds no code; others are refused.
+
+        None would be unpacked here. But who starts a run with code in it does not mean well.
+        """
+        if run_id not in self._known:
+            found = self._persistently(fleet, lambda: fleet.bundle(run_id))
+            self._known[run_id] = found == bundle_hash(deployed_bundle())
+            if self._known[run_id]:
+                self._take_roster()
+            else:
+                log.error("refused run %d: it was started with a bundle of its own", run_id)
+        return self._known[run_id]
+
+    def _persistently(self, fleet: Fleet, call: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """Calls until the server is there; a computed reply is not thrown away for a hiccup.
+
+        Raises:
+            RefusedError: The server refuses, or the session is over.
+        """
+        retry = SOON
+        while True:
+            try:
+                return call()
+            except UnreachableError:
+                if fleet.lost.is_set() or self._stop.wait(retry):
+                    raise
+                retry = min(_LAST_RETRY, 2 * retry)
+
+    def _answer_for_the_dead(self, fleet: Fleet) -> None:
+        """What a killed process had in hand is answered with an error: the server may ask again."""
+        path = self._kit.state / _IN_HAND
+        with suppress(FileNotFoundError, ValueError, TypeError, RefusedError):
+            message = noted(json.loads(path.read_text(encoding="utf-8")))
+            set_identity(message.metadata.run_id, fleet.node_id)
+            log.warning("a message was in hand when the process before this one ended")
+            fleet.reply(error_reply(message))
+        self._keep(_IN_HAND, None)
+
+    def _take_roster(self) -> None:
+        """The newest roster, if the control plane is there; else the site goes on with its own.
+
+        Raises:
+            FedveilError: The server refuses this site, or has another version.
+        """
+        try:
+            with ControlClient(self._kit) as control:
+                found = control.call("roster", {})
+        except ConnectionError as error:
+            log.warning("control plane: %s", error)
+            return
+        before = self._kit.read_roster().version
+        roster = self._kit.keep_roster(found["roster"].encode())
+        if roster.version != before:
+            names = ", ".join(site.name for site in roster.sites)
+            log.warning("roster %d is in force: %s", roster.version, names)
+        refresh_identities(self._site, roster)
+
+    def _last_session(self) -> int:
+        path = self._kit.state / _SESSION
+        with suppress(OSError, ValueError, TypeError, LookupError):
+            return int(json.loads(path.read_text(encoding="utf-8"))["node"])
+        return 0
+
+    def _keep(self, name: str, content: dict[str, Any] | None) -> None:
+        """Writes a small file of the site's state, or takes it away."""
+        path = self._kit.state / name
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_file(path, json.dumps(content).encode(), 0o600, sync=False)
+
+
+def node_key(kit: Kit) -> Any:  # noqa: ANN401
+    """The site's P-384 key.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    path = kit.keys / "node.key"
+    try:
+        return load_ssh_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the kit") from None
+    except ValueError:
+        raise ConfigError(f"{path}: holds no key; put a whole copy of the kit back") from None
+
+
+def told(kit: Kit, error: Exception) -> str:
+    """What a failed connection means, for the site's own log."""
+    if isinstance(error, RefusedError):
+        return (
+            f"{kit.fleet}: refuses this site ({error}): its key is not on the server's roster, "
+            "another process is connected with it, or this machine's clock is wrong"
+        )
+    if isinstance(error, UnreachableError):
+        return f"{kit.fleet}: cannot be reached ({error})"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

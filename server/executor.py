@@ -1,0 +1,186 @@
+"""The executor: it takes queued runs one by one and runs the installed ServerApp for each.
+
+`python -m fedveil.server.executor KIT` goes on until it is told to stop. No bundle is unpacked: a
+run at the SuperLink that was not begun here is refused.
+"""
+
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from ..config import ConfigError, FedveilError, RunConfig
+from ..deployment.kit import Kit, open_kit
+from ..deployment.logs import configure
+from ..flower import Context, Grid, RecordDict
+from ..flower.link import Address, RunGrid, run_at
+from ..privacy.secagg.pins import read_identities
+from .app import Setting, server_app
+from .collect import IDENTITIES
+from .coordinator import Coordinator, read_coordinator
+from .grid import PollingGrid
+from .link_key import link_key
+from .queue import Queue
+from .ready import wait_for_sites
+from .replies import RunError
+from .rounds import Observer
+from .store import Event, RunFolder
+from .superlink import NODES
+
+log = logging.getLogger(__name__)
+
+_LOOK = 0.5  # seconds between looks at the queue
+_AGAIN = 5.0  # seconds until a SuperLink that was not there is asked again
+
+
+def main(folder: Path) -> int:
+    """Runs what is queued in a server's kit."""
+    configure("executor")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _stop(stop))
+    try:
+        kit = open_kit(folder, "server")
+        address = Address(f"127.0.0.1:{kit.about.fleet_port}", kit.ca.read_bytes(), link_key(kit))
+        asks = read_coordinator(kit.keys / "coordinator.key")
+    except FedveilError as error:
+        log.error("%s", error)
+        return error.exit_code
+    log.info("ready")
+    with suppress(_Stopped):
+        while not stop.is_set():
+            if not work(kit, Queue(kit.state), address, asks):
+                stop.wait(_LOOK)
+    return 0
+
+
+class _Stopped(BaseException):
+    """The process is told to end, in the middle of a run."""
+
+
+def _stop(stop: threading.Event) -> None:
+    stop.set()
+    raise _Stopped
+
+
+def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> bool:
+    """Runs the oldest queued run to its end; whether there was one.
+
+    A run whose SuperLink is not there stays queued.
+    """
+    run_id = queue.next()
+    if run_id is None:
+        return False
+    refused = partial(log.warning, "%s")
+    try:
+        with run_at(address, refused) as grid:
+            queue.begun(run_id)
+            log.info("run %s begins", run_id)
+            try:
+                _run(kit, queue, run_id, grid, asks)
+            finally:
+                queue.ended(run_id)
+        log.info("run %s is over", run_id)
+    except RunError as error:
+        log.error("run %s failed: %s", run_id, error)
+    except OSError as error:
+        log.error("run %s waits: SuperLink: %s", run_id, error)
+        threading.Event().wait(_AGAIN)
+    except Exception as error:
+        # Whatever it is, the next run must not wait for a human.
+        log.error("run %s failed: %s: %s", run_id, type(error).__name__, error)
+        log.debug("which nobody foresaw", exc_info=True)
+    return True
+
+
+def _run(kit: Kit, queue: Queue, run_id: str, grid: RunGrid, asks: Coordinator) -> None:
+    folder = RunFolder(queue.path(run_id))
+
+    def stopped() -> str | None:
+        if queue.cancelled(run_id):
+            return "cancelled by an operator"
+        return "the SuperLink counts it as over" if grid.lost.is_set() else None
+
+    setting = Setting(
+        watch=lambda _: logged(run_id),
+        roster=lambda _, config: nodes_of(kit, folder, config),
+        coordinator=lambda _: asks,
+        prepare=wait_for_sites,
+    )
+    values = {
+        "config": _config_of(folder).model_dump_json(by_alias=True),
+        "schema": (folder.path / "schema.json").read_text(encoding="utf-8"),
+        "run-id": run_id,
+        "folder": str(folder.path),
+    }
+    polled: Grid = PollingGrid(grid, stopped)
+    context = Context(grid.run.run_id, 0, {}, RecordDict(), values)
+    began = folder.path / "events.jsonl"
+    with folder.locked(resume=True):
+        before = began.stat().st_size if began.exists() else 0
+        try:
+            server_app(setting)(polled, context)
+        except Exception as error:
+            # A run that fails before its first event must say so as well.
+            if not _told_failed(folder, before):
+                cause = str(error) if isinstance(error, FedveilError) else type(error).__name__
+                folder.append({"event": "failed", "round": 0, "epsilon": None, "cause": cause})
+            raise
+
+
+def _told_failed(folder: RunFolder, since: int) -> bool:
+    events, _ = folder.events_from(since)
+    return any(event["event"] == "failed" for event in events)
+
+
+def _config_of(folder: RunFolder) -> RunConfig:
+    from ..config import load_config
+
+    return load_config(folder.path / "config.toml")
+
+
+def nodes_of(kit: Kit, folder: RunFolder, config: RunConfig) -> Mapping[int, int]:
+    """The node of each of a run's sites, as the SuperLink knows them.
+
+    Raises:
+        RunError: A site has left the federation since the run was submitted.
+    """
+    path = kit.state / NODES
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunError(f"{path}: cannot be read; is the SuperLink up?") from None
+    names = list(read_identities(folder.path / IDENTITIES))
+    if len(names) != config.federation.sites:
+        raise ConfigError(
+            f"federation.sites = {config.federation.sites}: the run was submitted to {len(names)}"
+        )
+    if gone := [name for name in names if name not in known]:
+        raise RunError(f"site {gone[0]}: is no longer in the federation; submit a new run")
+    return {number: int(known[name]["node"]) for number, name in enumerate(names, start=1)}
+
+
+def logged(run_id: str) -> Observer:
+    """Logs a run's events, without their figures."""
+
+    def seen(event: Event) -> None:
+        facts = {key: event[key] for key in ("round", "rounds", "cause") if key in event}
+        dropped = event.get("dropped") or []
+        log.info(
+            "run %s: %s %s%s",
+            run_id,
+            event["event"],
+            facts,
+            f", without {', '.join(str(one['site']) for one in dropped)}" if dropped else "",
+        )
+
+    return seen
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

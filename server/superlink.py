@@ -1,0 +1,136 @@
+"""The server's SuperLink: Flower's own over TLS, behind a gate, with the roster's sites in it.
+
+`python -m fedveil.server.superlink KIT` serves until it is told to stop.
+"""
+
+import json
+import logging
+import ssl
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError, FedveilError
+from ..deployment.kit import Kit, open_kit
+from ..deployment.logs import configure
+from ..files import replace_file
+from ..flower.link import keep_nodes, node_key
+from ..flower.superlink import deployed_superlink
+from .gate import Scope, for_sites, gated
+from .link_key import link_key
+
+log = logging.getLogger(__name__)
+
+NODES = "nodes.json"
+"""Which sites are known and connected, in the server's state folder; kept by the SuperLink."""
+
+_DATABASE = "superlink.sqlite"
+_LOOK = 1.0  # seconds between looks at the roster and at who is connected
+
+
+def main(folder: Path) -> int:
+    """Serves the SuperLink of a server's kit."""
+    configure("superlink")
+    try:
+        kit = open_kit(folder, "server")
+        app, key = link(kit)
+    except FedveilError as error:
+        log.error("%s", error)
+        return error.exit_code
+    stop = threading.Event()
+    watching = threading.Thread(target=watch, args=(kit, app, stop), daemon=True)
+    watching.start()
+    serve(kit, app, key)
+    stop.set()
+    return 0
+
+
+def link(kit: Kit) -> tuple[Any, str]:
+    """The SuperLink of a kit, and its key.
+
+    Raises:
+        ConfigError: The kit's state folder, its key or its roster cannot be used.
+    """
+    secret = link_key(kit)
+    try:
+        kit.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{kit.state}: cannot be made ({error.strerror})") from None
+    app = deployed_superlink(kit.state / _DATABASE, secret)
+    keep_roster(kit, app)
+    return app, secret.hex()
+
+
+def serve(kit: Kit, app: Any, key: str) -> None:  # noqa: ANN401
+    """Answers on the kit's Fleet port until a signal comes."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        gated(app, for_sites(key), tell_refused),
+        host="0.0.0.0",  # noqa: S104  sites come from outside; see `for_sites`
+        port=kit.about.fleet_port,
+        ssl_certfile=str(kit.folder / "certificate.pem"),
+        ssl_keyfile=str(kit.keys / "server.key"),
+        ssl_version=ssl.PROTOCOL_TLS_SERVER,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # a header must not say who is local
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    uvicorn.Server(config).run()
+
+
+def tell_refused(scope: Scope, status: int) -> None:
+    """Logs a request that was refused."""
+    client = scope.get("client") or ("?", 0)
+    path = ascii(scope.get("path", ""))[1:81]
+    log.warning("refused %s from %s: HTTP %d", path, client[0], status)
+
+
+def watch(kit: Kit, app: Any, stop: threading.Event) -> None:  # noqa: ANN401
+    """Follows the roster, and notes who is connected, until it is stopped."""
+    before: dict[str, Any] = {}
+    while True:
+        try:
+            found = keep_roster(kit, app)
+        except (FedveilError, OSError, ValueError) as error:
+            log.error("%s", error)
+        else:
+            before = _noted(kit, before, found)
+        if stop.wait(_LOOK):
+            return
+
+
+def keep_roster(kit: Kit, app: Any) -> dict[str, tuple[int, bool]]:  # noqa: ANN401
+    """Makes a SuperLink know the roster's sites and no others.
+
+    Returns:
+        Node and whether it is connected, by the site's name.
+
+    Raises:
+        ConfigError: The roster cannot be used.
+    """
+    return keep_nodes(app, {site.name: node_key(site.node) for site in kit.read_roster().sites})
+
+
+def _noted(kit: Kit, before: dict[str, Any], found: dict[str, tuple[int, bool]]) -> dict[str, Any]:
+    """Writes down who is connected, where that has changed."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    nodes: dict[str, Any] = {}
+    for name, (node, online) in found.items():
+        known = before.get(name)
+        if known is None or (known["node"], known["online"]) != (node, online):
+            if known is not None or online:
+                log.info("site %s is %s", name, "connected" if online else "away")
+            known = {"node": node, "online": online, "since": now}
+        nodes[name] = known
+    if nodes != before or not (kit.state / NODES).exists():
+        replace_file(kit.state / NODES, json.dumps(nodes).encode(), sync=False)
+    return nodes
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
