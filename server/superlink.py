@@ -1,4 +1,4 @@
-"""The server's SuperLink: Flower's own over TLS, behind a gate, with the roster's sites in it.
+"""The server's SuperLink: Flower's own over TLS, behind a fence, with the roster's sites in it.
 
 `python -m fedveil.server.superlink KIT` serves until it is told to stop.
 """
@@ -18,7 +18,7 @@ from ..deployment.logs import configure
 from ..files import replace_file
 from ..flower.link import keep_nodes, node_key
 from ..flower.superlink import deployed_superlink
-from .gate import Scope, for_sites, gated
+from .fence import Scope, fenced, for_sites
 from .link_key import link_key
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def serve(kit: Kit, app: Any, key: str) -> None:  # noqa: ANN401
     import uvicorn
 
     config = uvicorn.Config(
-        gated(app, for_sites(key), tell_refused),
+        fenced(app, for_sites(key), tell_refused),
         host="0.0.0.0",  # noqa: S104  sites come from outside; see `for_sites`
         port=kit.about.fleet_port,
         ssl_certfile=str(kit.folder / "certificate.pem"),

@@ -14,7 +14,7 @@ import threading
 from contextlib import suppress
 
 from ...flower.superlink import simulating_superlink
-from ..gate import for_one_process, gated
+from ..fence import fenced, for_one_process
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()  # before its port is told: who connects early waits
-    app = gated(simulating_superlink(), for_one_process(key))
+    app = fenced(simulating_superlink(), for_one_process(key))
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
     sys.stdout.flush()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))

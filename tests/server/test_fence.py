@@ -1,4 +1,4 @@
-"""The gates before SuperLinks: who passes, who does not, and that a refusal is told."""
+"""The fences around SuperLinks: who passes, who does not, and that a refusal is told."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedveil.flower.superlink import KEY_HEADER
-from fedveil.server.gate import Asgi, Scope, Send, for_one_process, for_sites, gated
+from fedveil.server.fence import Asgi, Scope, Send, fenced, for_one_process, for_sites
 
 KEY = "5d" * 32
 HEADER = KEY_HEADER.encode()
@@ -35,8 +35,8 @@ def passed(
     async def send(message: Scope) -> None:
         sent.append(message)
 
-    gate = gated(app, may_pass, lambda _, status: told.append(status))
-    asyncio.run(_call(gate, scope, receive, send))
+    fence = fenced(app, may_pass, lambda _, status: told.append(status))
+    asyncio.run(_call(fence, scope, receive, send))
     return int(sent[0]["status"]), told
 
 

@@ -22,7 +22,7 @@ def untold(scope: Scope, status: int) -> None:
     del scope, status
 
 
-def gated(
+def fenced(
     app: Asgi,
     may_pass: Callable[[Scope], bool],
     told: Callable[[Scope, int], None] = untold,
@@ -30,12 +30,12 @@ def gated(
     """Lets some requests through and answers 403 to the others.
 
     Args:
-        app: What stands behind the gate.
+        app: What stands behind the fence.
         may_pass: Of a request's scope.
-        told: Is told of each request that is refused, by the gate or behind it: scope and status.
+        told: Is told of each request that is refused, by the fence or behind it: scope and status.
     """
 
-    async def gate(scope: Scope, receive: Receive, send: Send) -> None:
+    async def fence(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await app(scope, receive, send)
             return
@@ -52,7 +52,7 @@ def gated(
 
         await app(scope, receive, seen)
 
-    return gate
+    return fence
 
 
 def has_key(scope: Scope, key: str) -> bool:
