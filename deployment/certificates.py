@@ -55,7 +55,7 @@ def make_authority(
         days: How long it holds.
         now: With a time zone.
     """
-    name = _subject(federation, "authority", "authority")
+    name = subject_name(federation, "authority", "authority")
     usage = _usage(key_cert_sign=True, crl_sign=True)
     builder = (
         x509.CertificateBuilder()
@@ -126,7 +126,20 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def subject_of(certificate: x509.Certificate) -> tuple[str, str, str]:
+def subject_name(federation: str, role: str, name: str) -> x509.Name:
+    """Whom a certificate or a request for one is about."""
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
+            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+        ]
+    )
+
+
+def subject_of(
+    certificate: x509.Certificate | x509.CertificateSigningRequest,
+) -> tuple[str, str, str]:
     """Federation, role and name that a certificate says; an empty text for what it does not."""
     found = []
     for oid in (
@@ -232,16 +245,6 @@ def check_valid(certificate: x509.Certificate, path: Path, now: datetime) -> Non
     raise ConfigError(f"{path}: expired at {last:%Y-%m-%d %H:%M} UTC; {mend}")
 
 
-def _subject(federation: str, role: str, name: str) -> x509.Name:
-    return x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
-            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
-            x509.NameAttribute(NameOID.COMMON_NAME, name),
-        ]
-    )
-
-
 def _issued(
     authority: x509.Certificate,
     key: ec.EllipticCurvePublicKey,
@@ -254,7 +257,7 @@ def _issued(
     last = min(now + timedelta(days=days), authority.not_valid_after_utc)
     return (
         x509.CertificateBuilder()
-        .subject_name(_subject(federation, role, name))
+        .subject_name(subject_name(federation, role, name))
         .issuer_name(authority.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
