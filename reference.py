@@ -9,16 +9,12 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .config import COMPATIBILITY, RunConfig
+from .config import COMPATIBILITY, FederationFile, RunConfig
 
 START = "<!-- made by `make reference` from config/ -->"
 END = "<!-- end of what `make reference` makes -->"
 
-_SECTIONS: dict[str, type[BaseModel]] = {
-    name: field.annotation
-    for name, field in RunConfig.model_fields.items()
-    if isinstance(field.annotation, type)
-}
+_HEAD = ("| option | values | default | what it is |", "| --- | --- | --- | --- |")
 
 _COMPATIBILITY_COLUMNS = (
     "`privacy.mechanism`",
@@ -31,11 +27,8 @@ _COMPATIBILITY_COLUMNS = (
 
 def markdown() -> str:
     """The reference of all options, and what goes with what, as Markdown tables."""
-    lines = ["| option | values | default | what it is |", "| --- | --- | --- | --- |"]
-    for section, name, field in _options():
-        default = _shown(field)
-        lines.append(f"| `{section}.{name}` | {_values(field)} | {default} | {field.description} |")
-    lines += [
+    lines = [
+        *_table(RunConfig),
         "",
         "| " + " | ".join(_COMPATIBILITY_COLUMNS) + " |",
         "| --- " * len(_COMPATIBILITY_COLUMNS) + "|",
@@ -45,6 +38,11 @@ def markdown() -> str:
         cells = " | ".join(", ".join(f"`{name}`" for name in column) for column in columns)
         lines.append(f"| `{mechanism}` | {allowed.against} | {cells} |")
     lines += ["", "The first of each is the default. `median` does not go with `secagg`."]
+    lines += [
+        "",
+        "`FEDERATION.toml`, of which `fedveil provision create` makes a federation's kits:",
+    ]
+    lines += ["", *_table(FederationFile)]
     return "\n".join(lines)
 
 
@@ -52,7 +50,7 @@ def template() -> str:
     """A commented configuration to start from: every option with its default."""
     lines = ["# A Fedveil run. Every line that starts with # shows an option's default."]
     section = ""
-    for owner, name, field in _options():
+    for owner, name, field in _options(RunConfig):
         if owner != section:
             section = owner
             lines += ["", f"[{owner}]"]
@@ -79,10 +77,20 @@ def updated(readme: str) -> str:
     return f"{before}{START}\n{markdown()}\n{END}{after}"
 
 
-def _options() -> Iterator[tuple[str, str, FieldInfo]]:
-    for section, model in _SECTIONS.items():
-        for name, field in model.model_fields.items():
-            yield section, field.alias or name, field
+def _table(file: type[BaseModel]) -> list[str]:
+    """The rows of a file's options, below their head."""
+    rows = [
+        f"| `{section}.{name}` | {_values(field)} | {_shown(field)} | {field.description} |"
+        for section, name, field in _options(file)
+    ]
+    return [*_HEAD, *rows]
+
+
+def _options(file: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
+    for section, owner in file.model_fields.items():
+        if isinstance(owner.annotation, type) and issubclass(owner.annotation, BaseModel):
+            for name, field in owner.annotation.model_fields.items():
+                yield section, field.alias or name, field
 
 
 def _values(field: FieldInfo) -> str:

@@ -14,6 +14,7 @@ from pydantic import model_validator
 from .checks import check_compatibility
 from .compatibility import COMPATIBILITY, least_threshold
 from .derived import BUILT_IN_SIZES, TRANSPORT, Derived
+from .federation_file import PARTY, FederationFile, Members, Server, read_federation
 from .options import (
     Aggregation,
     Clean,
@@ -38,12 +39,14 @@ from .reading import (
     read_toml,
     small_not_below,
     validated,
+    validated_in,
 )
 from .site_file import SiteFile, check_policies, read_site, site_policy
 
 __all__ = [
     "BUILT_IN_SIZES",
     "COMPATIBILITY",
+    "PARTY",
     "TRANSPORT",
     "Aggregation",
     "Clean",
@@ -52,13 +55,16 @@ __all__ = [
     "Data",
     "EncryptionName",
     "Federation",
+    "FederationFile",
     "FedveilError",
     "MechanismName",
+    "Members",
     "Options",
     "Policy",
     "RunConfig",
     "RunPolicy",
     "Secagg",
+    "Server",
     "SiteFile",
     "SitePolicy",
     "StrategyName",
@@ -70,11 +76,13 @@ __all__ = [
     "not_below",
     "override",
     "parse_setting",
+    "read_federation",
     "read_site",
     "read_toml",
     "site_policy",
     "small_not_below",
     "validated",
+    "validated_in",
 ]
 
 

@@ -79,6 +79,18 @@ def validated(model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
         raise ConfigError(_one_line(model, error)) from None
 
 
+def validated_in(path: Path, model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
+    """Validates a file's values against a model.
+
+    Raises:
+        ConfigError: As `validated`, and it names the file.
+    """
+    try:
+        return validated(model, raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def not_below(bound: float, digits: int = 3) -> str:
     """A bound as text, rounded up: what is printed must not promise more than what holds."""
     # A hair is taken off, or 0.3 would become 0.301: it is 0.299... times a thousand.

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from pydantic import Field
 
 from .derived import Derived
 from .options import NAME, Options
 from .policy import Policy, SitePolicy
-from .reading import ConfigError, make_absolute, read_toml, validated
+from .reading import ConfigError, make_absolute, read_toml, validated_in
 
-FileT = TypeVar("FileT", bound=Options)
 Column = Annotated[str, Field(min_length=1)]
 
 
@@ -58,7 +57,7 @@ def read_site(path: Path | str) -> SiteFile:
     path = Path(path)
     raw = read_toml(path)
     make_absolute(raw, "site", ("data", "ledger", "keys"), path.parent)
-    return _validated_in(path, SiteFile, raw)
+    return validated_in(path, SiteFile, raw)
 
 
 def site_policy(config: Derived, name: str) -> Policy:
@@ -113,7 +112,7 @@ def _overlaid(path: Path, policy: Policy) -> Policy:
     own = raw.get("policy")
     if isinstance(own, dict):
         raw["policy"] = policy.model_dump() | own
-    return _validated_in(path, _SimulatedSite, raw).policy
+    return validated_in(path, _SimulatedSite, raw).policy
 
 
 def _listed(folder: str) -> list[str]:
@@ -132,10 +131,3 @@ def _names(config: Derived) -> list[str]:
 def _named(config: Derived, ending: str = "") -> str:
     first, *more = _names(config)
     return f"{first}{ending}" + (f" to {more[-1]}{ending}" if more else "")
-
-
-def _validated_in(path: Path, model: type[FileT], raw: Mapping[str, Any]) -> FileT:
-    try:
-        return validated(model, raw)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None

@@ -78,8 +78,8 @@ def test_every_option_stands_in_the_table_once_with_its_description() -> None:
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
-    options, compatibility, said = markdown().split("\n\n")
-    for table, cells in ((options, 4), (compatibility, 5)):
+    options, compatibility, said, _, federation = markdown().split("\n\n")
+    for table, cells in ((options, 4), (compatibility, 5), (federation, 4)):
         for line in table.splitlines():
             assert len(re.findall(r"(?<!\\)\|", line)) == cells + 1
     assert said == "The first of each is the default. `median` does not go with `secagg`."
@@ -139,6 +139,17 @@ def test_every_mechanism_stands_in_the_second_table() -> None:
     )
     (shared,) = [line for line in lines if line.startswith("| `distributed` |")]
     assert shared.endswith("| `adam`, `sgd` | `record`, `person` | `secagg` |")
+
+
+def test_the_options_of_a_federation_stand_in_the_last_table() -> None:
+    lines = markdown().split("\n\n")[4].splitlines()[2:]
+    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:3] for line in lines}
+    assert cells["`server.address`"] == ["text", "required"]
+    assert cells["`server.fleet_port`"] == ["integer >= 1, <= 65535", "`9443`"]
+    assert cells["`members.sites`"] == ["list of text", "required"]
+    assert cells["`members.auditors`"] == ["list of text", "`[]`"]
+    assert cells["`certificates.days`"] == ["integer >= 1, <= 36525", "`825`"]
+    assert len(lines) == 10
 
 
 def test_updating_replaces_what_stands_between_the_markers_and_nothing_else() -> None:
