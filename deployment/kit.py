@@ -12,12 +12,15 @@ state/            what the party's processes keep: ledger, runs, logs
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
 from ..config import ConfigError, read_toml, validated
 from ..config.options import NAME, Options
+
+if TYPE_CHECKING:
+    from .roster import Roster
 
 KitRole = Literal["server", "site", "operator", "auditor"]
 
@@ -101,6 +104,38 @@ class Kit:
         """What the party's processes keep."""
         return self.folder / "state"
 
+    def certificate(self) -> bytes:
+        """The party's certificate (PEM).
+
+        Raises:
+            ConfigError: It cannot be read.
+        """
+        return _read(self.folder / "certificate.pem")
+
+    def private_key(self) -> bytes:
+        """The key of the party's control-plane certificate (PEM).
+
+        Raises:
+            ConfigError: It cannot be read.
+        """
+        return _read(self.keys / "control.key")
+
+    def read_roster(self) -> "Roster":
+        """Who is in the federation.
+
+        Raises:
+            ConfigError: The list cannot be read, or is not signed by the kit's authority.
+        """
+        from cryptography.x509 import load_pem_x509_certificate
+
+        from .roster import read_roster
+
+        try:
+            authority = load_pem_x509_certificate(_read(self.ca))
+        except ValueError:
+            raise ConfigError(f"{self.ca}: is no certificate; put the kit's back") from None
+        return read_roster(_read(self.roster), authority)
+
     @property
     def fleet(self) -> str:
         """HOST:PORT of the Fleet API."""
@@ -110,3 +145,12 @@ class Kit:
     def control(self) -> str:
         """HOST:PORT of the control plane."""
         return f"{self.about.server}:{self.about.control_port}"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); take the whole kit"
+        ) from None
