@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from ..config import ConfigError, FedveilError
 
@@ -54,7 +54,8 @@ class Entry:
     hash: str
 
 
-class Verified(NamedTuple):
+@dataclass(frozen=True)
+class Verified:
     """A whole chain.
 
     Attributes:

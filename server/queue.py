@@ -173,6 +173,15 @@ class Queue:
             waiting = self._waiting()
         return waiting.index(run_id) + 1 if run_id in waiting else None
 
+    def active(self) -> dict[str, RunState]:
+        """The runs that wait or run, and which of both: a quick look, no run is read."""
+        with self._alone():
+            found: dict[str, RunState] = dict.fromkeys(self._waiting(), "queued")
+            for file in self._queue.glob("*.running"):
+                if _RUN_ID.fullmatch(file.stem) and self._is_held(file.stem):
+                    found[file.stem] = "running"
+        return found
+
     def begun(self, run_id: str) -> None:
         """Takes a queued run for this process: it is `running` until `ended`, or the process ends.
 
