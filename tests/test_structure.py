@@ -48,6 +48,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "server", "deployment", "models", "privacy", "data_prep.schema", "wire", "config",
         "files", "flower",
     ),
+    # Where a run stands, as everybody reads it.
+    "server.queue": ("compare", "config", "data_prep.schema", "files", "server"),
     "server.simulation": (
         "server", "client", "models", "privacy", "data_prep", "wire", "config", "files",
         "flower", "machine",
