@@ -10,14 +10,17 @@ state/            what the party's processes keep: ledger, runs, logs
 ```
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+from cryptography import x509
 from pydantic import Field
 
 from ..config import ConfigError, read_toml, validated
 from ..config.options import NAME, Options
+from .roster import Roster, read_roster
 
 KitRole = Literal["server", "site", "operator", "auditor"]
 
@@ -110,3 +113,68 @@ class Kit:
     def control(self) -> str:
         """HOST:PORT of the control plane."""
         return f"{self.about.server}:{self.about.control_port}"
+
+    @property
+    def answer(self) -> Path:
+        """What the authority answered to a site's request."""
+        return self.folder / "answer.json"
+
+    def authority(self) -> x509.Certificate:
+        """The authority's certificate.
+
+        Raises:
+            ConfigError: It cannot be read, or is none.
+        """
+        try:
+            return x509.load_pem_x509_certificate(_read(self.ca))
+        except ValueError:
+            raise ConfigError(f"{self.ca}: holds no certificate; take the kit's") from None
+
+    def certificate(self) -> bytes:
+        """A site's certificate (PEM).
+
+        Raises:
+            ConfigError: It is missing, or cannot be read.
+        """
+        return str(self._read_answer()["certificate"]).encode()
+
+    def read_roster(self) -> Roster:
+        """The newest roster in the kit.
+
+        Raises:
+            ConfigError: There is none, or one is not this federation's.
+        """
+        found = []
+        if self.roster.exists():
+            found.append(self._checked(_read(self.roster), self.roster))
+        if self.answer.exists():
+            data = json.dumps(self._read_answer()["roster"]).encode()
+            found.append(self._checked(data, self.answer))
+        if not found:
+            raise ConfigError(f"{self.roster}: is missing; put the authority's there")
+        return max(found, key=lambda roster: roster.version)
+
+    def _checked(self, data: bytes, path: Path) -> Roster:
+        try:
+            roster = read_roster(data, self.authority())
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        if roster.federation != self.about.federation:
+            raise ConfigError(f"{path}: is the roster of another federation; take this one's")
+        return roster
+
+    def _read_answer(self) -> dict[str, Any]:
+        try:
+            raw = json.loads(_read(self.answer))
+        except (ValueError, RecursionError):
+            raw = None
+        if isinstance(raw, dict) and raw.keys() == {"certificate", "roster"}:
+            return raw
+        raise ConfigError(f"{self.answer}: is no answer of an authority; have it sent again")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
