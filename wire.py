@@ -40,6 +40,14 @@ END = "query.end"
 """The action in which it erases what is left of the last epoch's keys."""
 
 
+READY = "query.ready"
+"""The action in which a site says whether it would take part in a run; it touches no record.
+
+It is asked with a `Task` of no round, no evaluation and no arrays, and answers with an empty
+`Step`.
+"""
+
+
 def site_name(number: int) -> str:
     """What a simulated site is called, by its number; ascending as the numbers."""
     return f"site-{number:03d}"
@@ -65,6 +73,8 @@ class Refusal(Enum):
     PARAMETERS = "the model has more parameters than its policy allows"
     PRICE = "the run costs more than its policy allows"
     COORDINATOR = "the run is not signed by the coordinator that its policy names"
+    APPROVAL = "its owner has not approved the run yet"
+    PAUSED = "its owner has paused it"
     CONFORMANCE = "its self-test of the mechanism fails"
     PROTOCOL = "the secure sum's protocol does not allow it"
     BUDGET = "its budget has no such release left"

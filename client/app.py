@@ -1,36 +1,30 @@
 """The Flower ClientApp: it unpacks, checks, debits the ledger, computes, replies. Handlers only."""
 
-import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from threading import Lock
 
-import torch
 from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
 from ..config.options import LEAST_NORM, MOST_NORM
-from ..data_prep import check_unit
-from ..data_prep.schema import Schema, schema_from_json
 from ..flower import ClientApp, Context, Message
-from ..models import family, metrics
+from ..models import metrics
 from ..privacy import vector
 from ..privacy.books import Head
-from ..privacy.limits import BudgetError, LedgerError, TermsError
-from ..privacy.plan import Plan, plan
-from ..privacy.policy import Asked, PolicyRefusal, asked_by
+from ..privacy.limits import BudgetError, TermsError
+from ..privacy.plan import Plan
 from ..privacy.secagg.encoding import encode
-from ..privacy.secagg.errors import SecAggError
-from ..privacy.secagg.keys import is_signed
 from ..privacy.secagg.messages import Upload
 from ..privacy.secagg.sealed import SealedReply, seal_reply
 from ..privacy.secagg.site import Site as Party
 from ..wire import (
     END,
     EVALUATE,
+    READY,
     TRAIN,
     Refusal,
     Refused,
@@ -41,16 +35,18 @@ from ..wire import (
     pack,
     read_step,
     read_task,
-    run_statement,
     to_bytes,
 )
-from .secure import STEPS, Opened, open_round, upload
+from .approvals import PausedError
+from .secure import STEPS, Opened, check_name, open_round, upload
 from .self_test import ConformanceError, Tested, self_test
 from .site import Site
+from .understanding import Understood, WorkError, asked_of, code_of, terms_of, understand
 from .work import FAILURES, Parts, parts_of
 
 log = logging.getLogger(__name__)
 OpenSite = Callable[[Context], Site]
+Work = Callable[[Task, Understood, Site], Update | Step]
 
 
 def client_app(open_site: OpenSite) -> ClientApp:
@@ -59,11 +55,15 @@ def client_app(open_site: OpenSite) -> ClientApp:
 
     @app.train(TRAIN.partition(".")[2])
     def step(message: Message, context: Context) -> Message:
-        return Message(pack(_answer(message, context, open_site)), reply_to=message)
+        return Message(pack(_answer(message, context, open_site, _work)), reply_to=message)
 
     @app.evaluate(EVALUATE.partition(".")[2])
     def model(message: Message, context: Context) -> Message:
-        return Message(pack(_answer(message, context, open_site)), reply_to=message)
+        return Message(pack(_answer(message, context, open_site, _work)), reply_to=message)
+
+    @app.query(READY.partition(".")[2])
+    def ready(message: Message, context: Context) -> Message:
+        return Message(pack(_answer(message, context, open_site, _be_ready)), reply_to=message)
 
     for action in (*STEPS, END):
         _add_step(app, action, open_site)
@@ -76,21 +76,6 @@ def _add_step(app: ClientApp, action: str, open_site: OpenSite) -> None:
         return Message(pack(_answer_step(action, message, context, open_site)), reply_to=message)
 
 
-def terms_of(config_json: str, schema_json: str) -> str:
-    """What binds a run to its configuration and schema, and so to one price."""
-    return hashlib.sha256(f"{config_json}\0{schema_json}".encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Understood:
-    """What a task is about, as the site understands it."""
-
-    config: RunConfig
-    schema: Schema
-    priced: Plan
-    parameters: int
-
-
 def _answer_step(
     action: str, message: Message, context: Context, open_site: OpenSite
 ) -> Step | Refused:
@@ -99,13 +84,22 @@ def _answer_step(
     try:
         step = read_step(message.content)
         run_id = step.run_id
-        return open_site(context).secure.answer(action, step)
+        site = open_site(context)
+        if action != END:  # which only erases
+            site.check_pause()
+        return site.secure.answer(action, step)
+    except PausedError as error:
+        log.error("refused %s of run %s: %s", action, run_id, error)
+        return Refused(run_id, 0, 0, Refusal.PAUSED)
     except Exception as error:  # noqa: BLE001  whatever it is, it is no answer
         log.error("refused %s of run %s: %s", action, run_id, error)
         return Refused(run_id, 0, 0, Refusal.PROTOCOL)
 
 
-def _answer(message: Message, context: Context, open_site: OpenSite) -> Update | Refused:
+def _answer(
+    message: Message, context: Context, open_site: OpenSite, work: Work
+) -> Update | Step | Refused:
+    """Answers a task, or refuses it before anything of the site's own is touched."""
     try:
         task = read_task(message.content)
     except WireError as error:
@@ -115,40 +109,42 @@ def _answer(message: Message, context: Context, open_site: OpenSite) -> Update |
     try:
         run = understand(task.config, task.schema)
         site = open_site(context)
-        site.accept(asked_of(task, run))  # before anything of the site's own is touched
-        with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
-            return _take_part(task, run, site, party)
+        asked, terms = asked_of(task, run), terms_of(task.config, task.schema)
+        site.accept(asked)
+        known = Head(*task.ledger)
+        site.admit(task.run_id, terms, known, asked, run.config, run.schema, run.priced)
+        return work(task, run, site)
     except Exception as error:
         # What fails before anything is opened rests on what was sent.
-        code = Refusal.CONFIGURATION if run is None else _code(error)
+        code = Refusal.CONFIGURATION if run is None else code_of(error)
         log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
         if not isinstance(error, (FedveilError, ValidationError)):
             log.exception("which nobody foresaw")
         return Refused(task.run_id, task.round, task.evaluation, code)
 
 
-class _WorkError(FedveilError):
-    """The site fails without any record too, and says no more than that."""
+def _work(task: Task, run: Understood, site: Site) -> Update:
+    with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
+        return _take_part(task, run, site, party)
 
 
-_CODES: tuple[tuple[type[Exception], Refusal], ...] = (
-    (_WorkError, Refusal.FAILED),
-    (ConformanceError, Refusal.CONFORMANCE),
-    (SecAggError, Refusal.PROTOCOL),
-    (BudgetError, Refusal.BUDGET),
-    (TermsError, Refusal.CONFIGURATION),
-    (LedgerError, Refusal.LEDGER),
-    (FedveilError, Refusal.CONFIGURATION),
-    (ValidationError, Refusal.CONFIGURATION),
-)
-"""What a site says of each error."""
+def _be_ready(task: Task, run: Understood, site: Site) -> Step:
+    """Whether the site would take part: all that it would refuse before it touches a record.
 
-
-def _code(error: Exception) -> Refusal:
-    """Of one that nobody foresaw it says that its ledger admits nothing."""
-    if isinstance(error, PolicyRefusal):
-        return Refusal[error.code.name]
-    return next((code for kind, code in _CODES if isinstance(error, kind)), Refusal.LEDGER)
+    Nothing is debited, nothing read.
+    """
+    if task.round or task.evaluation or task.arrays or task.released or task.exam:
+        raise TermsError(f"run {task.run_id}: asks whether the site is ready, and for more")
+    if site.policy.self_test and run.priced.epsilon is not None:
+        _check_conformance(run)
+    terms, known = terms_of(task.config, task.schema), Head(*task.ledger)
+    site.check(task.run_id, terms, known, run.config, run.schema, run.priced)
+    if run.priced.numbers is not None:
+        check_name(task.run_id)
+        site.secure.check(run.priced.numbers)
+    if run.config.encryption == "sealed":
+        _sealed(b"", task, site)
+    return Step(task.run_id, b"")
 
 
 def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> Update:
@@ -170,7 +166,7 @@ def _take_part(task: Task, run: Understood, site: Site, party: Party | None) -> 
         update = _packed(task, run, site, head, parts, opened)
     except FAILURES as error:
         log.exception("run %s, round %d failed", task.run_id, task.round)
-        raise _WorkError(type(error).__name__) from None
+        raise WorkError(type(error).__name__) from None
     if site.failures == failures:
         site.succeed()
     return update
@@ -256,13 +252,6 @@ def _tested(config: RunConfig, priced: Plan, parameters: int) -> Tested:
     return self_test(config, priced, parameters=parameters, alarm=_ALARM)
 
 
-def asked_of(task: Task, run: Understood) -> Asked:
-    """What is public about the run, for the site's policy."""
-    statement = run_statement(task.run_id, task.config, task.schema, task.aggregator)
-    signed = is_signed(task.coordinator, statement, task.signature)
-    return asked_by(run.config, run.priced, run.parameters, task.coordinator if signed else None)
-
-
 def _debit(site: Site, task: Task, run: Understood) -> Head:
     """Commits what the task asks for, before any record is read."""
     releases = [("rounds", task.round)] if task.round else []
@@ -275,16 +264,3 @@ def _debit(site: Site, task: Task, run: Understood) -> Head:
     terms = terms_of(task.config, task.schema)
     known = Head(*task.ledger)
     return site.debit(task.run_id, terms, releases, known, run.config, run.schema, run.priced)
-
-
-@lru_cache(maxsize=4)
-def understand(config_json: str, schema_json: str) -> Understood:
-    """Reads the run and prices it by the site's own code; whatever the server says it costs."""
-    config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
-    check_unit(config, schema)
-    kind = family(config.model.family)
-    with torch.device("meta"):  # to be counted, whatever size a server has asked for
-        module = kind.build(config.model, schema)
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    parameters = sum(sizes[name] for name in kind.trainable(module))
-    return Understood(config, schema, plan(config), parameters)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,11 +17,13 @@ from ..privacy.secagg.errors import (
     DifferentContextError,
     DifferentSetupError,
     MalformedMessageError,
+    SwappedIdentityError,
+    UnknownSiteError,
 )
 from ..privacy.secagg.keys import Identity
 from ..privacy.secagg.messages import Confirmations, Deals, Roster, Upload, Uploaders
 from ..privacy.secagg.site import Site as Party
-from ..privacy.secagg.terms import Floor, Opening, Setup
+from ..privacy.secagg.terms import Floor, Numbers, Opening, Setup
 from ..privacy.secagg.vault import Vault
 from ..wire import ADVERTISE, CONFIRM, DEAL, END, UNMASK, Step, Task
 
@@ -103,6 +105,29 @@ class SecureSite:
         message = decode(kind, step.body)
         with self.party(step.run_id) as party:
             return Step(step.run_id, encode(handler(party, message)))
+
+    def check(self, numbers: Numbers) -> None:
+        """Says whether the site could be in a secure sum of these numbers; opens nothing.
+
+        Raises:
+            SecAggError: It could not: by its floor, its identity, or for want of known sites.
+        """
+        self._floor.check(numbers)
+        pinned, own = self.keys.pinned, self.keys.identity.public
+        if pinned.get(self.name) != own:
+            raise SwappedIdentityError(
+                f"{self.name}: has identity {own.hex()}, expected the one that is pinned for this "
+                "name; check the site's key"
+            )
+        if numbers.n > len(pinned):
+            raise UnknownSiteError(
+                f"n = {numbers.n}: {len(pinned)} sites are known here; take the newest roster"
+            )
+
+    def pin(self, pinned: Mapping[str, bytes]) -> None:
+        """Trusts others from now on; a run that is open keeps those that it began with."""
+        with self._lock:
+            self.keys = replace(self.keys, pinned=dict(pinned))
 
     def close(self) -> None:
         """Lets go of all state files."""

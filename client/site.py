@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from ..config import Policy, RunConfig, UnitName
 from ..data_prep import Encoded, check_unit, modality
+from ..data_prep.harmonise import NO_MAP, Columns, check_columns, deciding
 from ..data_prep.partition import keyed_split, persons, places
 from ..data_prep.schema import Schema
 from ..models import Batch
 from ..privacy.books import Head, order
 from ..privacy.ledger import Ledger
-from ..privacy.limits import Lifetime
+from ..privacy.limits import Account, Lifetime
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
 from ..privacy.policy import Asked, check_policy
 from ..privacy.secagg.errors import LostStateError
+from .approvals import ApprovalError, Left, Owner, held, hold
 from .secure import SecureSite
 
 
@@ -100,16 +102,33 @@ class Site:
     def __init__(
         self,
         name: str,
-        read: Callable[[], Any],
+        read: Callable[[Schema], Any],
         split_key: bytes,
         budget: Budget,
         coins: Coins,
         folder: Path | None = None,
         secure: SecureSite | None = None,
         policy: Policy = Policy(),  # noqa: B008  it is frozen
+        *,
+        columns: Columns = NO_MAP,
+        owner: Owner | None = None,
     ) -> None:
-        """A site that reads its raw records by `read` and keeps its report in `folder`."""
+        """A site that reads its raw records by `read` and keeps its report in `folder`.
+
+        Args:
+            name: What its own log and folder call it.
+            read: Its raw records, under the names of a schema's columns.
+            split_key: Decides on which side of the split a record is.
+            budget: What its owner allows.
+            coins: Its secret coins.
+            folder: Where it keeps what it finds of its own records; nowhere by default.
+            secure: Its part in secure sums.
+            policy: What its owner accepts.
+            columns: What `read` does to names, for what rests on that.
+            owner: Whom it asks besides; a simulated site asks nobody.
+        """
         self._secure, self.policy = secure, policy
+        self._columns, self._owner = columns, owner
         self.name, self.coins, self.failures = name, coins, 0
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
@@ -132,8 +151,56 @@ class Site:
 
         Raises:
             PolicyRefusal: By the rule that it breaks.
+            PausedError: The site is paused.
         """
         check_policy(self.policy, asked)
+        self.check_pause()
+
+    def check_pause(self) -> None:
+        """Refuses everything while the site is paused.
+
+        Raises:
+            PausedError: It is.
+        """
+        if self._owner is not None:
+            self._owner.check_pause()
+
+    def admit(
+        self,
+        run_id: str,
+        terms: str,
+        known: Head,
+        asked: Asked,
+        config: RunConfig,
+        schema: Schema,
+        plan: Plan,
+    ) -> None:
+        """Holds a run that the policy accepts against the owner's word, and the site's own columns.
+
+        What its budget refuses is not put before the owner.
+
+        Args:
+            run_id: The run.
+            terms: As in `debit`, of which an approval is.
+            known: As in `debit`.
+            asked: What is public about the run.
+            config: What was sent, read.
+            schema: The same.
+            plan: The site's own price of it.
+
+        Raises:
+            ConfigError: The site's columns do not fit the schema.
+            LedgerError: The site would not take part even if it were approved.
+            ApprovalError: The owner has not approved it; now it waits for that.
+        """
+        check_columns(self._columns, schema)
+        if self._owner is None or self._owner.allows(run_id, terms):
+            return
+        self.check(run_id, terms, known, config, schema, plan)
+        hold(self._owner.state, held(run_id, terms, asked, config, self._left(asked.unit)))
+        raise ApprovalError(
+            f"run {run_id}: waits for approval; `fedveil site approve` gives it on these terms"
+        )
 
     def check(
         self,
@@ -228,7 +295,7 @@ class Site:
         if self._records is None or self._about != about:
             check_unit(config, schema)
             kind = modality(schema)
-            cleaned, report = kind.clean(self._read(), schema, config.clean)
+            cleaned, report = kind.clean(self._read(schema), schema, config.clean)
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(report.as_dict(), indent=2)
@@ -254,13 +321,30 @@ class Site:
         identity = schema.person or _sha256(
             schema.model_dump_json(), config.clean.model_dump_json()
         )
+        own = deciding(self._columns, schema)
         return {
             "holdout": config.data.holdout,
             "audit": config.data.audit,
             "identity": identity,
             "split_key": _sha256("fedveil split key", self._split_key.hex()),
+            **({"columns": own} if own else {}),
             **self._budget.origin,
         }
+
+    def _left(self, unit: UnitName) -> Left:
+        """What its accounts may still spend by the limits that are in force, by side."""
+        limits, dataset_id = self._budget.lifetime, self._budget.dataset_id
+        found = {s.account: s for s in self._budget.ledger.read().statements()}
+        left: dict[str, tuple[float | None, float | None]] = {}
+        sides: tuple[Literal["training", "holdout"], ...] = ("training", "holdout")
+        for side in sides:
+            used = found.get(Account(dataset_id, unit, side))
+            spent = (0.0, 0.0) if used is None else (used.epsilon or 0.0, used.delta)
+            epsilon = None if limits.epsilon is None else max(0.0, limits.epsilon - spent[0])
+            # A Renyi filter charges its delta once, for all runs.
+            delta = None if limits.composition == "rdp" else max(0.0, limits.delta - spent[1])
+            left[side] = epsilon, delta
+        return left
 
 
 def _sha256(*texts: str) -> str:

@@ -120,6 +120,8 @@ class SitePolicy(Policy):
     encryption: Encryptions | None = Field(
         ("secagg",), description="Accepted `aggregation.encryption`s."
     )
-    approval: Literal["automatic"] = Field(
-        "automatic", description="`automatic`: a run that the policy accepts needs no person's say."
+    approval: Literal["automatic", "manual"] = Field(
+        "automatic",
+        description="`automatic`: a run that the policy accepts needs no person's say; `manual`: "
+        "it waits until `fedveil site approve`.",
     )

@@ -19,9 +19,14 @@ class SitePlaces(Options):
 
     name: str = Field(pattern=NAME, description="The site's name in the federation.")
     data: str = Field(min_length=1, description="Its records: a file or a folder.")
-    ledger: str = Field(min_length=1, description="Its ledger, a file that outlives every run.")
+    ledger: str | None = Field(
+        None,
+        min_length=1,
+        description="Its ledger, a file that outlives every run. Default: the kit's "
+        "`state/ledger.sqlite`.",
+    )
     keys: str | None = Field(
-        None, min_length=1, description="Folder of its keys. Default: beside the ledger."
+        None, min_length=1, description="Folder of its keys. Default: the kit's `keys`."
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..config import Clean
 from .clean import CleaningReport, ColumnReport, DataError
+from .harmonise import NO_MAP, Columns, check_columns
 from .modality import Encoded, Modality
 from .schema import ImageSchema, Schema
 
@@ -36,13 +37,15 @@ class Images:
         return self.pixels[..., 0] if self.pixels.shape[-1] == 1 else self.pixels
 
 
-def read(source: str, schema: Schema) -> Images:
+def read(source: str, schema: Schema, columns: Columns = NO_MAP) -> Images:
     """Reads images of the schema's shape.
 
     Raises:
         DataError: The file or folder is missing, or cannot be read as images of this shape.
+        ConfigError: There are `columns`, which images have not.
     """
     schema = _image(schema)
+    check_columns(columns, schema)
     if source == "sklearn:digits":
         return _digits()
     path = Path(source)

@@ -23,7 +23,8 @@ class Modality:
     """One kind of data. `Any` stands for its records: a polars frame, an `Images`.
 
     Attributes:
-        read: (source, schema) -> raw records. Raises DataError.
+        read: (source, schema, columns) -> raw records; `columns` says what a table's columns are
+            called at this site. Raises DataError.
         clean: (raw, schema, rules) -> cleaned records and report, record by record.
         values: (raw, schema, column) -> one column as strings, for a simulation's sharing-out.
         take: (raw, rows) -> the given records.

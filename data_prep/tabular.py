@@ -11,6 +11,7 @@ import polars as pl
 from ..config import Clean
 from .clean import CleaningReport, DataError, bounds, trimmed
 from .clean import clean as clean_table
+from .harmonise import NO_MAP, Columns, own_columns
 from .modality import Encoded, Modality
 from .schema import Block, Schema, TableSchema, parse_schema, repeated
 from .words import nearest
@@ -19,26 +20,34 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".data")
 _SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 
-def read(source: str, schema: Schema) -> pl.DataFrame:
+def read(source: str, schema: Schema, columns: Columns = NO_MAP) -> pl.DataFrame:
     """Reads a CSV or Parquet file, or a built-in table, with every value as a string.
+
+    Args:
+        source: The file, or the name of a built-in table.
+        schema: What a record is.
+        columns: What a column of the schema is called in this file, where it is called otherwise.
 
     Returns:
         [N] rows; the schema's columns and the key of a person, if it has one.
 
     Raises:
         DataError: The file or a column is missing, or it cannot be read.
+        ConfigError: `columns` does not fit the schema.
     """
     schema = _table(schema)
+    wanted = own_columns(columns, schema)
     frame = _breast_cancer() if source == "sklearn:breast_cancer" else _read_file(source, schema)
-    wanted = [c.name for c in schema.columns] + ([] if schema.person is None else [schema.person])
-    if absent := [name for name in wanted if name not in frame.columns]:
+    if absent := [name for name, own in wanted.items() if own not in frame.columns]:
         found = ", ".join(ascii(name[:30]) for name in frame.columns[:8]) or "no columns"
+        own = wanted[absent[0]]
+        what = f'column "{own}"' + (f" (map.{absent[0]})" if own != absent[0] else "")
         raise DataError(
-            f'data.source = {source}: column "{absent[0]}" is missing; the file has {found}'
-            f"{_hint(absent[0], frame.columns)}"
+            f"data.source = {source}: {what} is missing; the file has {found}"
+            f"{_hint(own, frame.columns)}"
         )
     with _reading(source):
-        return frame.select(as_text(frame[name]) for name in wanted)
+        return frame.select(as_text(frame[own]).alias(name) for name, own in wanted.items())
 
 
 def is_number(text: str) -> bool:

@@ -120,6 +120,14 @@ class TestASiteFile:
         assert (found.mechanisms, found.encryption) == (("local",), ("none",))
         assert (found.min_sites, found.min_t_collude) == (2, 0)
 
+    def test_a_ledger_goes_without_saying_and_a_person_may_be_asked(
+        self, write_file: WriteFile
+    ) -> None:
+        text = with_line("policy", 'approval = "manual"', without("ledger"))
+        found = read_site(write_file("site.toml", text))
+        assert (found.site.ledger, found.site.keys) == (None, None)
+        assert found.policy.approval == "manual"
+
     def test_is_frozen_and_its_policy_can_be_hashed(self, write_file: WriteFile) -> None:
         found = read_site(write_file("site.toml", SITE))
         assert hash(found.policy) == hash(read_site(write_file("site.toml", SITE)).policy)
@@ -140,7 +148,6 @@ BAD: dict[str, tuple[str, str]] = {
     "a map to nothing": (SMALL + '[map]\nage = ""\n', 'map.age = "": must not be empty'),
     "no name": (without("name"), "site.name: missing"),
     "no data": (without("data"), "site.data: missing"),
-    "no ledger": (without("ledger"), "site.ledger: missing"),
     "no account": (without("dataset_id"), "policy.dataset_id: missing"),
     "no limit of epsilon": (without("epsilon_lifetime"), "policy.epsilon_lifetime: missing"),
     "no limit of delta": (without("delta_lifetime"), "policy.delta_lifetime: missing"),
@@ -161,9 +168,9 @@ BAD: dict[str, tuple[str, str]] = {
     "an unknown composition": (
         with_line("policy", 'composition = "pld"'), "must be 'addition' or 'rdp'"
     ),
-    "approval by hand": (
-        with_line("policy", 'approval = "manual"'),
-        "policy.approval = \"manual\": must be 'automatic'",
+    "another approval": (
+        with_line("policy", 'approval = "manuel"'),
+        "must be 'automatic' or 'manual'; did you mean \"manual\"?",
     ),
 }  # fmt: skip
 

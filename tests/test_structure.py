@@ -44,6 +44,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "client", "deployment", "models", "privacy", "data_prep", "wire", "config", "files",
         "flower",
     ),
+    # The disk decides how a ledger is kept.
+    "client.own_files": ("client", "privacy", "files", "machine"),
     "server": (
         "server", "deployment", "models", "privacy", "data_prep.schema", "wire", "config",
         "files", "flower",

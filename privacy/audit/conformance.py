@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...client.app import understand
 from ...client.self_test import Tested, self_test
+from ...client.understanding import understand
 from ...config import FedveilError
 from ...data_prep.schema import schema_to_json
 from ...ledgers import find

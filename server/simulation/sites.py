@@ -1,9 +1,8 @@
 """The sites of a simulation: their records, ledgers, secrets and what they keep for themselves."""
 
 import logging
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,17 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from ...client.app import terms_of, understand
+from ...client.own_files import ledger_and_key, secret
 from ...client.secure import Keys, SecureSite
 from ...client.site import Budget, Site
+from ...client.understanding import terms_of, understand
 from ...config import Policy, RunConfig, site_policy
 from ...data_prep import modality
 from ...data_prep.clean import CleaningReport, refuse_unusable
 from ...data_prep.partition import share_out
 from ...data_prep.schema import Schema, schema_to_json
-from ...files import create_secret_file, replace_file
-from ...machine import on_network
+from ...files import replace_file
 from ...privacy.books import Head
-from ...privacy.ledger import Journal, Ledger
 from ...privacy.limits import BudgetError, LedgerError, UnavailableError
 from ...privacy.noise import Coins
 from ...privacy.policy import PolicyRefusal, asked_by, floor_of, lifetime_of
@@ -111,7 +109,9 @@ def simulated_site(
     try:
         for path in (own, home):
             path.mkdir(parents=True, exist_ok=True)
-        ledger, split_key = _ledger_and_key(home, name)
+        files = home / f"{name}.sqlite", home / f"{name}.SIMULATED-split.key"
+        # The key is made last, so that one without a ledger is the witness of a lost one.
+        ledger, split_key = ledger_and_key(*files, files[1], name, simulated=True)
     except OSError as error:
         raise UnavailableError(f"{home}: {error.strerror}; check the path and the disk") from None
     data, policy = config.data, _policy(config, name, folder)
@@ -126,7 +126,7 @@ def simulated_site(
         },
     )
     secure = SecureSite(name, _keys(name, folder), floor_of(policy), hold=hold)
-    return Site(name, lambda: raw, split_key, budget, Coins.from_system(), own, secure, policy)
+    return Site(name, lambda _: raw, split_key, budget, Coins.from_system(), own, secure, policy)
 
 
 def _policy(config: RunConfig, name: str, folder: Path) -> Policy:
@@ -153,7 +153,7 @@ def pin_identities(sites: int, folder: Path) -> None:
             own.mkdir(parents=True, exist_ok=True)
             for left in (own / _STATES).glob("*.state"):
                 left.unlink()
-            known[name] = Identity(_secret(own / _IDENTITY)).public.hex()
+            known[name] = Identity(secret(own / _IDENTITY)).public.hex()
         text = tomli_w.dumps({"identities": known})
         replace_file(folder / IDENTITIES, text.encode())
     except OSError as error:
@@ -162,55 +162,11 @@ def pin_identities(sites: int, folder: Path) -> None:
 
 def _keys(name: str, folder: Path) -> Keys:
     own, pins = folder / "sites" / name, folder / IDENTITIES
-    identity = Identity(_secret(own / _IDENTITY))
+    identity = Identity(secret(own / _IDENTITY))
     # Without pins nobody is known, and no secure sum begins.
     pinned = read_identities(pins) if pins.exists() else {name: identity.public}
     # It need not outlive a power cut: see `pin_identities`.
-    return Keys(identity, pinned, own / _STATES, _secret(own / _VAULT), durable=False)
-
-
-def _secret(path: Path) -> bytes:
-    """32 secret bytes in a file, made where it is missing."""
-    try:
-        if not path.exists():
-            with suppress(FileExistsError):
-                create_secret_file(path, f"{secrets.token_hex(32)}\n".encode())
-    except OSError as error:
-        raise UnavailableError(f"{path}: {error.strerror}; check the path and the disk") from None
-    return _read_key(path)
-
-
-def _ledger_and_key(home: Path, name: str) -> tuple[Ledger, bytes]:
-    """A simulated site's ledger and split key; they belong together.
-
-    Another process may make them at the same time, and either's will do.
-    """
-    ledger_file, key_file = home / f"{name}.sqlite", home / f"{name}.SIMULATED-split.key"
-    # The actors of several hosts may open one ledger in turn.
-    journal: Journal = "delete" if on_network(home) else "wal"
-    # The ledger comes first: a key without one says that a ledger was lost.
-    if not ledger_file.exists() and not key_file.exists():
-        with suppress(FileExistsError):
-            Ledger.create(ledger_file, name, simulated=True, journal=journal)
-    ledger = Ledger.open(ledger_file, journal=journal)
-    if not key_file.exists():
-        if ledger.read().datasets:
-            raise UnavailableError(
-                f"{key_file}: is missing; put it back, or records would change their sides"
-            )
-        with suppress(FileExistsError):
-            create_secret_file(key_file, f"{secrets.token_hex(32)}\n".encode())
-    return ledger, _read_key(key_file)
-
-
-def _read_key(path: Path) -> bytes:
-    try:
-        key = bytes.fromhex(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        key = b""
-    if len(key) != 32:
-        raise UnavailableError(f"{path}: holds no key; put a whole copy back")
-    return key
+    return Keys(identity, pinned, own / _STATES, secret(own / _VAULT), durable=False)
 
 
 def check_sites(

@@ -20,7 +20,7 @@ from fedveil.client.site import Budget, Site
 from fedveil.config import Policy, RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.images import Images
-from fedveil.data_prep.schema import schema_to_json
+from fedveil.data_prep.schema import Schema, schema_to_json
 from fedveil.flower import Context, Message, RecordDict, set_identity, set_message_id
 from fedveil.models import family
 from fedveil.models.layers import initialise
@@ -53,7 +53,7 @@ class Asked:
         self.app = client_app(lambda _: self.site)
         self.context = Context(1, NODE, {}, RecordDict(), {})
 
-    def _read(self) -> Images:
+    def _read(self, _: Schema) -> Images:
         self.reads += 1
         pixels = np.random.default_rng(1).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
         labels = np.array([str(index % 10) for index in range(40)])

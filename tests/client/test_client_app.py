@@ -19,9 +19,8 @@ import torch
 from polars.exceptions import PanicException
 from torch import nn
 
-from fedveil.client import app as client_module
-from fedveil.client import work
-from fedveil.client.app import client_app, understand
+from fedveil.client import understanding, work
+from fedveil.client.app import client_app
 from fedveil.client.evaluation import holdout_sums
 from fedveil.client.secure import Keys, SecureSite
 from fedveil.client.site import Budget, Side, Site
@@ -31,7 +30,7 @@ from fedveil.data_prep import modality, run_schema
 from fedveil.data_prep.clean import DataError
 from fedveil.data_prep.images import Images
 from fedveil.data_prep.partition import keyed_split
-from fedveil.data_prep.schema import ImageSchema, schema_to_json
+from fedveil.data_prep.schema import ImageSchema, Schema, schema_to_json
 from fedveil.flower import (
     Array,
     ArrayRecord,
@@ -133,7 +132,7 @@ class Asked:
         self.app = client_app(lambda _: self.site)
         self.context = Context(1, NODE, {}, RecordDict(), {})
 
-    def _reading(self) -> Any:  # noqa: ANN401
+    def _reading(self, _: Schema) -> Any:  # noqa: ANN401
         self.reads += 1
         return self._read()
 
@@ -1025,7 +1024,7 @@ class TestConfiguration:
         def doubt(config: RunConfig) -> None:
             raise AccountingError("the accountants disagree")
 
-        monkeypatch.setattr(client_module, "plan", doubt)
+        monkeypatch.setattr(understanding, "plan", doubt)
         renamed = config.model_dump(by_alias=True)
         renamed["federation"]["name"] = "in-doubt"
         site = ask()
@@ -1389,8 +1388,8 @@ class TestSecrecy:
 
         unbuildable = replace(family("vae"), build=build)
         task = pack(task_for(config))
-        understand.cache_clear()
-        for module, code in ((client_module, Refusal.CONFIGURATION), (work, Refusal.FAILED)):
+        understanding.understand.cache_clear()
+        for module, code in ((understanding, Refusal.CONFIGURATION), (work, Refusal.FAILED)):
             with monkeypatch.context() as patch:
                 patch.setattr(module, "family", lambda _: unbuildable)
                 site = ask()

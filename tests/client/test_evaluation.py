@@ -278,7 +278,7 @@ class Asking:
         Ledger.create(path, "site-001")
         budget = Budget(Ledger.open(path), "data", Lifetime(None, 0.5))
         policy = Policy(self_test=False)
-        self.site = Site("site-001", lambda: raw, KEY, budget, Coins(KEY), policy=policy)
+        self.site = Site("site-001", lambda _: raw, KEY, budget, Coins(KEY), policy=policy)
         self.app = client_app(lambda _: self.site)
 
     def __call__(self, task: Task) -> Update:

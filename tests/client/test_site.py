@@ -54,7 +54,7 @@ def site(
     key: bytes = KEY,
 ) -> Site:
     """A site that holds these raw records."""
-    return Site("site-001", lambda: raw, key, budget, coins, folder)
+    return Site("site-001", lambda _: raw, key, budget, coins, folder)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def budget(tmp_path_factory: pytest.TempPathFactory) -> Budget:
     return Budget(Ledger.open(path), "data", Lifetime(None, 0.5))
 
 
-def failing(error: Exception) -> Callable[[], Any]:
+def failing(error: Exception) -> Callable[[Schema], Any]:
     """A reader that raises."""
 
-    def read() -> Any:  # noqa: ANN401
+    def read(_: Schema) -> Any:  # noqa: ANN401
         raise error
 
     return read
@@ -89,7 +89,7 @@ def config(make_config: MakeConfig) -> RunConfig:
 def test_records_are_read_once(coins: Coins, budget: Budget, config: RunConfig) -> None:
     reads = []
 
-    def read() -> Images:
+    def read(_: Schema) -> Images:
         reads.append(1)
         return images(20)
 
@@ -169,7 +169,7 @@ def test_a_failed_reading_leaves_nothing_behind(
     """What a site has after a failure is all of its records, not the beginning of them."""
     outcomes: list[Images] = []
 
-    def read() -> Images:
+    def read(_: Schema) -> Images:
         outcomes.append(images(50))
         if len(outcomes) == 1:
             raise DataError("no disk")
@@ -187,7 +187,7 @@ def test_another_run_gets_records_of_its_own(
     """By its own rules and shares, or by none: never those of the run before."""
     outcomes: list[Exception | None] = [None, OSError("no disk"), None, None]
 
-    def read() -> Images:
+    def read(_: Schema) -> Images:
         if (error := outcomes.pop(0)) is not None:
             raise error
         return images(200)
@@ -408,7 +408,7 @@ class Books:
     def site(self, key: bytes = KEY, **changes: Any) -> Site:  # noqa: ANN401
         """It, with another key or budget."""
 
-        def never() -> None:
+        def never(_: Schema) -> None:
             raise AssertionError("records were read")
 
         return Site("site-001", never, key, replace(self.budget, **changes), self.coins)
@@ -664,7 +664,7 @@ def test_not_even_a_mark_that_cannot_be_made_tells_of_a_failure(
 ) -> None:
     """An error of the disk would make the site look unlike the others."""
     folder = tmp_path / "gone" / "site-001"
-    one = Site("site-001", lambda: None, KEY, budget, Coins.from_system(), folder)
+    one = Site("site-001", lambda _: None, KEY, budget, Coins.from_system(), folder)
     one.fail()
     one.succeed()
     assert one.failed
@@ -674,7 +674,7 @@ def test_a_mark_goes_when_the_site_has_taken_part_with_its_records(
     tmp_path: Path, budget: Budget
 ) -> None:
     folder = tmp_path / "site-001"
-    one = Site("site-001", lambda: None, KEY, budget, Coins.from_system(), folder)
+    one = Site("site-001", lambda _: None, KEY, budget, Coins.from_system(), folder)
     one.fail()
     assert (tmp_path / "site-001.failed").exists()
     one.succeed()

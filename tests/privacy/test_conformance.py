@@ -412,7 +412,7 @@ class TestOneRecordAtASite:
         schema = parse_schema({"column": columns}, "test")
         frame = pl.DataFrame(rows, schema=["size", "age"], orient="row")
         config = make_config(privacy=FAST, data={"holdout": 0.0})
-        site = Site("site", lambda: frame, KEY, budget, Coins(KEY))
+        site = Site("site", lambda _: frame, KEY, budget, Coins(KEY))
         records = site.records(config, schema).training
         module = nn.Linear(schema.width, 1, bias=False)
         priced = plan(config)
