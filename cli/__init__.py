@@ -12,7 +12,7 @@ import click
 import typer
 
 from .. import __version__
-from . import audit, data, doctor, ledger, report, run, runs
+from . import audit, data, doctor, ledger, report, run, runs, server
 
 app = typer.Typer(
     help="Federated, differentially private training of generative models.",
@@ -29,6 +29,7 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(runs.app, name="runs")
+app.add_typer(server.app, name="server")
 
 
 def main() -> None:

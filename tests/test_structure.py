@@ -49,8 +49,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         "files", "flower",
     ),
     "server.simulation": (
-        "server", "client", "models", "privacy", "data_prep", "wire", "config", "files",
-        "flower", "machine",
+        "server", "client", "deployment", "models", "privacy", "data_prep", "wire", "config",
+        "files", "flower", "machine",
     ),
 }  # fmt: skip
 """By the longest prefix of a module's name within the package."""
