@@ -12,7 +12,7 @@ import click
 import typer
 
 from .. import __version__
-from . import audit, data, doctor, ledger, provision, report, run, runs, site
+from . import audit, data, doctor, ledger, provision, report, run, runs, server, site
 
 app = typer.Typer(
     help="Federated, differentially private training of generative models.",
@@ -30,6 +30,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(provision.app, name="provision")
 app.add_typer(runs.app, name="runs")
+app.add_typer(server.app, name="server")
 app.add_typer(site.app, name="site")
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from ..config import ConfigError, FedveilError
-from ..deployment.control import ControlClient
+from ..deployment.control import ControlClient, our_version
+from ..deployment.control import UnreachableError as NoControlError
 from ..deployment.kit import Kit, open_kit
-from ..deployment.logs import configure
+from ..deployment.logs import configure, level_asked
 from ..files import replace_file
 from ..flower import ClientApp, Context, Message, RecordDict, set_identity
 from ..flower.fleet import (
@@ -38,7 +39,7 @@ from ..privacy.noise import Coins
 from .app import client_app
 from .deployed import open_deployed, refresh_identities
 from .site import Site
-from .status import Status
+from .status import State, Status, write_status
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ _SESSION = "session.json"
 
 def main(folder: Path) -> int:
     """Serves a site's kit until a signal comes."""
-    configure("node")
+    configure("node", level_asked())
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -77,7 +78,7 @@ class Node:
         """Of a kit and its opened site; it ends when `stop` is set."""
         self._kit, self._site, self._stop = kit, site, stop
         self._app: ClientApp = client_app(lambda _: site)
-        self._status = Status(kit, stop)
+        self._status = Status("starting", kit.fleet, version=our_version())
         self._known: dict[int, bool] = {}
 
     def serve(self) -> None:
@@ -90,21 +91,21 @@ class Node:
         with closing(fleet):
             retry = _FIRST_RETRY
             while not self._stop.is_set():
-                self._status.set("connecting")
+                self._say("connecting")
                 try:
                     self._take_roster()
                     with fleet.session(self._last_session()) as node:
                         self._keep(_SESSION, {"node": node})
-                        self._status.set("connected")
+                        self._say("connected", last_error="")
                         log.info("connected to %s", self._kit.fleet)
                         retry = _FIRST_RETRY
                         self._answer_all(fleet)
                 except (OSError, FedveilError) as error:
                     log.warning("%s; trying again in %.0f s", told(self._kit, error), retry)
-                    self._status.set("connecting", error=told(self._kit, error))
+                    self._say("connecting", last_error=told(self._kit, error))
                     self._stop.wait(retry)
                     retry = min(_LAST_RETRY, 2 * retry)
-        self._status.set("stopped")
+        self._say("stopped")
 
     def _answer_all(self, fleet: Fleet) -> None:
         """Answers messages until the session ends."""
@@ -126,7 +127,7 @@ class Node:
                     "a reply is not taken (%s): its run is over, or it came too late", error
                 )
             self._keep(_IN_HAND, None)
-            self._status.set("connected")
+            self._say("connected")
             last = time.monotonic()
 
     def _answer(self, fleet: Fleet, message: Message) -> Message:
@@ -136,7 +137,7 @@ class Node:
         try:
             if not self._is_ours(fleet, run_id):
                 return error_reply(message)
-            self._status.set("working", run=f"{run_id}", action=message.metadata.message_type)
+            self._say("working", run=f"{run_id:016x}", round=_round_of(message))
             context = Context(run_id, fleet.node_id, {}, RecordDict(), {})
             return self._app(message, context)
         except Exception as error:
@@ -192,7 +193,7 @@ class Node:
         try:
             with ControlClient(self._kit) as control:
                 found = control.call("roster", {})
-        except ConnectionError as error:
+        except NoControlError as error:
             log.warning("control plane: %s", error)
             return
         before = self._kit.read_roster().version
@@ -201,6 +202,12 @@ class Node:
             names = ", ".join(site.name for site in roster.sites)
             log.warning("roster %d is in force: %s", roster.version, names)
         refresh_identities(self._site, roster)
+
+    def _say(self, state: State, **changes: Any) -> None:  # noqa: ANN401
+        """For the site's owner; what cannot be written down must not stop the work."""
+        self._status = self._status.now(state, **changes)
+        with suppress(OSError):
+            write_status(self._kit.state, self._status)
 
     def _last_session(self) -> int:
         path = self._kit.state / _SESSION
@@ -215,6 +222,11 @@ class Node:
             path.unlink(missing_ok=True)
         else:
             replace_file(path, json.dumps(content).encode(), 0o600, sync=False)
+
+
+def _round_of(message: Message) -> int:
+    group = message.metadata.group_id
+    return int(group) if group.isdecimal() else 0
 
 
 def node_key(kit: Kit) -> Any:  # noqa: ANN401

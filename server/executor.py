@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..config import ConfigError, FedveilError, RunConfig
 from ..deployment.kit import Kit, open_kit
-from ..deployment.logs import configure
+from ..deployment.logs import configure, level_asked
 from ..flower import Context, Grid, RecordDict
 from ..flower.link import Address, RunGrid, run_at
 from ..privacy.secagg.pins import read_identities
@@ -40,7 +40,7 @@ _AGAIN = 5.0  # seconds until a SuperLink that was not there is asked again
 
 def main(folder: Path) -> int:
     """Runs what is queued in a server's kit."""
-    configure("executor")
+    configure("executor", level_asked())
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop(stop))
@@ -112,7 +112,7 @@ def _run(kit: Kit, queue: Queue, run_id: str, grid: RunGrid, asks: Coordinator) 
         coordinator=lambda _: asks,
         prepare=wait_for_sites,
     )
-    values = {
+    values: dict[str, str | int | float | bool] = {
         "config": _config_of(folder).model_dump_json(by_alias=True),
         "schema": (folder.path / "schema.json").read_text(encoding="utf-8"),
         "run-id": run_id,

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import ConfigError, FedveilError
 from ..deployment.kit import Kit, open_kit
-from ..deployment.logs import configure
+from ..deployment.logs import configure, level_asked
 from ..files import replace_file
 from ..flower.link import keep_nodes, node_key
 from ..flower.superlink import deployed_superlink
@@ -32,7 +32,7 @@ _LOOK = 1.0  # seconds between looks at the roster and at who is connected
 
 def main(folder: Path) -> int:
     """Serves the SuperLink of a server's kit."""
-    configure("superlink")
+    configure("superlink", level_asked())
     try:
         kit = open_kit(folder, "server")
         app, key = link(kit)

@@ -53,8 +53,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # Where a run stands, as everybody reads it.
     "server.queue": ("compare", "config", "data_prep.schema", "files", "server"),
     "server.simulation": (
-        "server", "client", "models", "privacy", "data_prep", "wire", "config", "files",
-        "flower", "machine",
+        "server", "client", "deployment", "models", "privacy", "data_prep", "wire", "config",
+        "files", "flower", "machine",
     ),
 }  # fmt: skip
 """By the longest prefix of a module's name within the package."""
