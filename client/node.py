@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from ..config import ConfigError, FedveilError
@@ -37,7 +38,7 @@ from ..flower.fleet import (
 from ..flower.superlink import deployed_bundle
 from ..privacy.noise import Coins
 from .app import client_app
-from .deployed import open_deployed, refresh_identities
+from .deployed import open_deployed, read_own, refresh_identities
 from .site import Site
 from .status import State, Status, write_status
 
@@ -58,6 +59,8 @@ def main(folder: Path) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         kit = open_kit(folder, "site")
+        if (threads := read_own(kit).file.site.threads) is not None:
+            torch.set_num_threads(threads)
         with closing(open_deployed(kit, Coins.from_system())) as site:
             Node(kit, site, stop).serve()
     except FedveilError as error:
@@ -119,7 +122,14 @@ class Node:
                 self._stop.wait(pause(time.monotonic() - last))
                 continue
             self._keep(_IN_HAND, note_of(message))
+            taken = time.monotonic()
             reply = self._answer(fleet, message)
+            log.info(
+                "answered %s of round %s in %.2f s",
+                message.metadata.message_type,
+                message.metadata.group_id or "-",
+                time.monotonic() - taken,
+            )
             try:
                 self._persistently(fleet, lambda: fleet.reply(reply))  # noqa: B023  called at once
             except RefusedError as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .derived import Derived
-from .options import NAME, Options
+from .options import NAME, Count, Options
 from .policy import Policy, SitePolicy
 from .reading import ConfigError, make_absolute, read_toml, validated_in
 
@@ -27,6 +27,9 @@ class SitePlaces(Options):
     )
     keys: str | None = Field(
         None, min_length=1, description="Folder of its keys. Default: the kit's `keys`."
+    )
+    threads: Count | None = Field(
+        None, description="CPU threads that training takes. Default: all cores."
     )
 
 
