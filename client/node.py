@@ -35,6 +35,7 @@ from ..flower.fleet import (
     note_of,
     noted,
 )
+from ..flower.folding import fold, unfold
 from ..flower.superlink import deployed_bundle
 from ..privacy.noise import Coins
 from .app import client_app
@@ -148,12 +149,17 @@ class Node:
             if not self._is_ours(fleet, run_id):
                 return error_reply(message)
             self._say("working", run=f"{run_id:016x}", round=_round_of(message))
-            context = Context(run_id, fleet.node_id, {}, RecordDict(), {})
-            return self._app(message, context)
+            return self._called(message, Context(run_id, fleet.node_id, {}, RecordDict(), {}))
         except Exception as error:
             log.error("a message failed: %s", type(error).__name__)
             log.debug("its cause", exc_info=True)
             return error_reply(message)
+
+    def _called(self, message: Message, context: Context) -> Message:
+        message.content = unfold(message.content)
+        reply = self._app(message, context)
+        reply.content = fold(reply.content)
+        return reply
 
     def _is_ours(self, fleet: Fleet, run_id: int) -> bool:
         """Whether a run was started with our bundle, which holds no code; others are refused.

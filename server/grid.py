@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from ..flower import FlowerRun, Grid, Message, RecordDict
+from ..flower.folding import fold, unfold
 from .replies import RunError
 
 SOON, LATER, SHARE = 0.03, 1.0, 0.05
@@ -63,12 +64,22 @@ class PollingGrid(Grid):
         return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """See `Grid`."""
-        return self._grid.push_messages(messages)
+        """See `Grid`; small ones are folded."""
+        pushed = list(messages)
+        for message in pushed:
+            message.content = fold(message.content)
+        return self._grid.push_messages(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """See `Grid`."""
-        return self._grid.pull_messages(message_ids)
+        """See `Grid`; a reply that cannot be read is one without content."""
+        found = list(self._grid.pull_messages(message_ids))
+        for message in found:
+            if message.has_content():
+                try:
+                    message.content = unfold(message.content)
+                except ValueError:
+                    message.content = RecordDict()
+        return found
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
