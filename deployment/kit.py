@@ -183,7 +183,7 @@ class Kit:
             ConfigError: It is missing, or cannot be read.
         """
         if self.about.role == "site":
-            return str(self._read_answer()["certificate"]).encode()
+            return str(self._read_answer()["certificate"]).encode(errors="replace")
         return _read(self.certificate_path, "take it from the kit, or have it rotated")
 
     def private_key(self) -> bytes:

@@ -142,7 +142,7 @@ def request_fingerprint(path: Path) -> str:
 
 def _parsed(raw: Any) -> tuple[Request | None, dict[str, bytes]]:  # noqa: ANN401
     names = {field.name for field in fields(Request)}
-    with suppress(ValueError, TypeError, AttributeError):
+    with suppress(ValueError, TypeError, AttributeError, LookupError):
         signatures = {name: bytes.fromhex(text) for name, text in raw.pop("signatures").items()}
         if raw.keys() == names and all(isinstance(text, str) for text in raw.values()):
             return Request(**raw), signatures

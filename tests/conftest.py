@@ -1,6 +1,7 @@
-"""What all tests share: small configurations, fixed coins, a finished run."""
+"""What all tests share: small configurations, fixed coins, a finished run, kits."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from hypothesis import settings
 import fedveil
 from fedveil import cli
 from fedveil.config import RunConfig
+from fedveil.deployment.keygen import keygen
+from fedveil.deployment.provision import create, sign
 from fedveil.privacy.noise import Coins
 
 # New examples at every desk, the same ones in CI: a submission does not fail by another's find.
@@ -97,3 +100,51 @@ def write_file(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write
+
+
+FEDERATION = """
+[federation]
+name = "heart"
+[server]
+address = "fedveil.example.org"
+addresses = ["192.0.2.10", "::1"]
+[members]
+sites = ["north", "south", "west"]
+operators = ["boss"]
+auditors = ["judge"]
+"""
+
+
+@pytest.fixture(scope="session", name="made_federation")
+def _made_federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation of three sites whose kits stand elsewhere, as in life."""
+    root = tmp_path_factory.mktemp("federation")
+    (root / "federation.toml").write_text(FEDERATION, encoding="utf-8")
+    create(root / "federation.toml", root / "kits")
+    for name in ("north", "south", "west"):
+        shutil.copytree(root / "kits" / "sites" / name, root / "homes" / name)
+        request = keygen(root / "homes" / name)
+        sign(root / "kits", request, root / "homes" / name / "answer.json")
+    return root
+
+
+@pytest.fixture
+def federation_file(tmp_path: Path) -> Path:
+    """A FEDERATION.toml of three sites."""
+    path = tmp_path / "federation.toml"
+    path.write_text(FEDERATION, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def kits(made_federation: Path, tmp_path: Path) -> Path:
+    """The authority's folder of all kits; every site is signed for."""
+    shutil.copytree(made_federation / "kits", tmp_path / "kits")
+    return tmp_path / "kits"
+
+
+@pytest.fixture
+def homes(made_federation: Path, tmp_path: Path) -> Path:
+    """The sites' kits by name, where the sites have them."""
+    shutil.copytree(made_federation / "homes", tmp_path / "homes")
+    return tmp_path / "homes"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedveil.config import RunConfig, load_config, validated
+from fedveil.config import RunConfig, load_config, read_federation, validated
 from fedveil.data_prep.schema import load_schema, parse_schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,8 @@ def test_its_toml_is_valid(block: dict[str, Any]) -> None:
 def test_the_examples_are_valid(path: Path) -> None:
     if ".schema." in path.name:
         load_schema(path)
+    elif path.name == "federation.toml":
+        assert len(read_federation(path).members.sites) == 4
     else:
         load_config(path)
 
