@@ -44,9 +44,10 @@ def submit(
     if as_json and not watch:
         typer.echo(json.dumps(answer))
     else:
+        place = answer["position"]  # none if it was taken up at once
+        turn = f"place {place} in the queue" if place else "its turn has come"
         typer.echo(
-            f"run {run_id}: submitted, place {answer['position']} in the queue; receipt "
-            f"{receipt['entry']}:{receipt['hash']}",
+            f"run {run_id}: submitted, {turn}; receipt {receipt['entry']}:{receipt['hash']}",
             err=watch,
         )
     if watch:

@@ -1,5 +1,6 @@
 """The control plane over real gRPC: who may call what, and what is refused in which words."""
 
+import contextlib
 import json
 import re
 import ssl
@@ -14,19 +15,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedveil.config import ConfigError, FedveilError
 from fedveil.deployment.control import (
     FLEET_SERVICE,
-    LARGEST_MESSAGE,
     METHODS,
     SERVICE,
-    VERSION_KEY,
     ControlClient,
     UnreachableError,
-    decode,
     encode,
     our_version,
 )
 from fedveil.server.audit_log import verify
 from fedveil.server.control import Serving
-import contextlib
 
 NOBODY = "0" * 16
 Client = Callable[..., ControlClient]
@@ -90,49 +87,59 @@ class TestRoles:
 class TestStrangers:
     def test_no_certificate(self, federation: Federation, serving: Serving) -> None:
         credentials = grpc.ssl_channel_credentials(federation.server.ca.read_bytes())
-        with grpc.secure_channel(f"127.0.0.1:{serving.port}", credentials) as channel:
-            with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(f"/{SERVICE}/status")(b"{}", timeout=20)
+        with (
+            grpc.secure_channel(f"127.0.0.1:{serving.port}", credentials) as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            channel.unary_unary(f"/{SERVICE}/status")(b"{}", timeout=20)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert not federation.server.state.joinpath("audit.jsonl").exists()
 
     @pytest.mark.usefixtures("serving")
     def test_a_certificate_of_another_authority(self, federation: Federation, pairs: Pairs) -> None:
-        with ControlClient(federation.kit("olga", pairs["forged"])) as client:
-            with pytest.raises(
-                ConfigError, match="does not accept the certificate of operator olga"
-            ):
-                client.call("status")
+        with (
+            ControlClient(federation.kit("olga", pairs["forged"])) as client,
+            pytest.raises(ConfigError, match="does not accept the certificate of operator olga"),
+        ):
+            client.call("status")
 
     @pytest.mark.usefixtures("serving")
     def test_another_federations_server(self, federation: Federation, pairs: Pairs) -> None:
         kit = federation.kit("olga", authority=pairs["stranger"])
-        with ControlClient(kit) as client:
-            with pytest.raises(ConfigError, match="is not the server of federation trial"):
-                client.call("status")
+        with (
+            ControlClient(kit) as client,
+            pytest.raises(ConfigError, match="is not the server of federation trial"),
+        ):
+            client.call("status")
 
     @pytest.mark.usefixtures("serving")
     def test_one_of_the_authoritys_who_is_in_no_roster(
         self, federation: Federation, pairs: Pairs
     ) -> None:
         """The server's own certificate is signed too, and is no member's."""
-        with ControlClient(federation.kit("olga", pairs["server"])) as client:
-            with pytest.raises(ConfigError, match="not in the roster"):
-                client.call("list")
+        with (
+            ControlClient(federation.kit("olga", pairs["server"])) as client,
+            pytest.raises(ConfigError, match="not in the roster"),
+        ):
+            client.call("list")
         (entry,) = federation.log()
         assert (entry["member"], entry["role"]) == (pairs["server"].digest, "")
 
     def test_unencrypted(self, serving: Serving) -> None:
-        with grpc.insecure_channel(f"127.0.0.1:{serving.port}") as channel:
-            with pytest.raises(grpc.RpcError):
-                channel.unary_unary(f"/{SERVICE}/status")(b"{}", timeout=20)
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{serving.port}") as channel,
+            pytest.raises(grpc.RpcError),
+        ):
+            channel.unary_unary(f"/{SERVICE}/status")(b"{}", timeout=20)
 
     def test_nobody_there(self, federation: Federation, serving: Serving) -> None:
         kit = federation.kit("olga")
         serving.stop(0)
-        with ControlClient(kit) as client:
-            with pytest.raises(UnreachableError, match=r"is the server up, and port \d+ open\?"):
-                client.call("status")
+        with (
+            ControlClient(kit) as client,
+            pytest.raises(UnreachableError, match=r"is the server up, and port \d+ open\?"),
+        ):
+            client.call("status")
 
 
 class TestRevocation:
@@ -193,128 +200,6 @@ class TestRevocation:
             olga.call("list")
 
 
-class TestVersions:
-    @pytest.mark.parametrize("other", ["0.0.9", "9.1.0", "", "x"])
-    def test_another_one(self, federation: Federation, client: Client, other: str) -> None:
-        with pytest.raises(ConfigError, match=r"major and minor must be equal"):
-            client("north", version=other or " ").call("roster")
-        assert federation.log()[-1]["outcome"].startswith("refused: version")
-
-    def test_another_patch(self, client: Client) -> None:
-        major, minor, _ = our_version().split(".")
-        assert client("north", version=f"{major}.{minor}.99").call("roster")
-
-    def test_none(self, federation: Federation, serving: Serving) -> None:
-        answer = raw(federation, serving, "status", b"{}", version=None)
-        assert answer[0] is grpc.StatusCode.FAILED_PRECONDITION
-
-
-def raw(
-    federation: Federation,
-    serving: Serving,
-    method: str,
-    data: bytes,
-    version: str | None = "0.1.0",
-) -> tuple[grpc.StatusCode, str]:
-    """How a call of olga's with any bytes ends."""
-    kit = federation.kit("olga")
-    credentials = grpc.ssl_channel_credentials(
-        kit.ca.read_bytes(), kit.private_key(), kit.certificate()
-    )
-    metadata = ((VERSION_KEY, version),) if version else ()
-    with grpc.secure_channel(kit.control, credentials) as channel:
-        try:
-            channel.unary_unary(f"/{SERVICE}/{method}")(data, timeout=30, metadata=metadata)
-        except grpc.RpcError as error:
-            return error.code(), error.details()
-    return grpc.StatusCode.OK, ""
-
-
-class TestMessages:
-    @pytest.mark.parametrize(
-        "data",
-        [b"", b"{", b"[]", b"null", b"\xff", b'{"a": NaN}', b"[" * 100_000, b'{"run": 1e999}'],
-    )
-    def test_broken(self, federation: Federation, serving: Serving, data: bytes) -> None:
-        code, details = raw(federation, serving, "cancel", data)
-        assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert "\n" not in details
-        assert federation.log()[-1]["outcome"].startswith("refused: ")
-
-    @pytest.mark.parametrize("over", [1, 1 << 20])
-    def test_too_long(self, federation: Federation, serving: Serving, over: int) -> None:
-        """A little is refused by us, and logged; a lot by gRPC, before it is read."""
-        code, details = raw(federation, serving, "submit", b" " * (LARGEST_MESSAGE + over))
-        assert code in {
-            grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED,
-        }  # fmt: skip
-        assert str(LARGEST_MESSAGE + over) in details
-        assert federation.queue.listed() == []
-
-    def test_too_long_to_be_sent(self, client: Client) -> None:
-        with pytest.raises(ConfigError, match="at most 1048576"):
-            client("olga").call("cancel", {"run": "0" * LARGEST_MESSAGE})
-
-    @pytest.mark.parametrize(
-        "run_id",
-        [
-            "../../keys",
-            "..",
-            "",
-            "a" * 15,
-            "A" * 16,
-            "a" * 16 + "\n",
-            7,
-            None,
-            ["a" * 16],
-            "é" * 16,
-        ],
-    )
-    @pytest.mark.parametrize("method", ["cancel", "watch", "fetch"])
-    def test_what_is_no_number_of_a_run(self, client: Client, method: str, run_id: object) -> None:
-        with pytest.raises(ConfigError, match="run"):
-            ask(client("olga"), method, {"run": run_id})
-
-    @pytest.mark.parametrize("method", ["cancel", "resume", "watch", "fetch"])
-    def test_nobodys_run(self, client: Client, method: str) -> None:
-        with pytest.raises(ConfigError, match=f"run '{NOBODY}': there is none"):
-            ask(client("olga"), method, {"run": NOBODY})
-
-    def test_unknown_keys(self, client: Client) -> None:
-        with pytest.raises(ConfigError, match="path: unknown key"):
-            client("olga").call("list", {"path": "/etc"})
-
-    def test_an_unknown_method(self, client: Client) -> None:
-        with pytest.raises(ConfigError, match="install its version"):
-            client("olga").call("shutdown")
-
-    def test_both_ways(self) -> None:
-        message = {"a": [1, "\u00e9", None]}
-        assert decode(encode(message)) == message
-
-    def test_an_error_nobody_foresaw_tells_its_kind_alone(
-        self, federation: Federation, client: Client, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from fedveil.server import calls
-
-        monkeypatch.setattr(calls, "listed", lambda _: {}["a secret of the server"])
-        with pytest.raises(
-            FedveilError, match=r"^list: KeyError at the server; its log says more$"
-        ):
-            client("olga").call("list")
-        assert federation.log()[-1]["outcome"] == "failed: KeyError"
-
-    def test_no_call_without_an_entry(
-        self, federation: Federation, client: Client, queued: Queued
-    ) -> None:
-        """The log cannot be added to: nothing is done."""
-        run_id, olga = queued(), client("olga")
-        (federation.server.state / "audit.jsonl").write_text("broken\n")
-        with pytest.raises(FedveilError, match="no entry"):
-            olga.call("cancel", {"run": run_id})
-        assert federation.queue.summary(run_id).state == "queued"
-
-
 class TestSubmit:
     def test_it_waits_with_a_receipt(
         self, federation: Federation, client: Client, submission: Values, queued: Queued
@@ -342,8 +227,8 @@ class TestSubmit:
         ],
     )
     def test_what_is_no_run_here(
-        self, federation: Federation, client: Client, submission: Values, section: str, options: Values,
-        said: str,
+        self, federation: Federation, client: Client, submission: Values, section: str,
+        options: Values, said: str,
     ) -> None:  # fmt: skip
         submission["config"][section] |= options
         with pytest.raises(FedveilError, match=re.escape(said)):
@@ -433,7 +318,9 @@ def test_tls_without_a_certificate_is_hung_up_on(federation: Federation, serving
     context = ssl.create_default_context(cafile=str(federation.server.ca))
     context.set_alpn_protocols(["h2"])
     address = ("127.0.0.1", serving.port)
-    with socket.create_connection(address, 10) as plain:
-        with context.wrap_socket(plain, server_hostname="127.0.0.1") as channel:
-            with contextlib.suppress(ssl.SSLError, ConnectionResetError):
-                assert channel.recv(1) == b""
+    with (
+        socket.create_connection(address, 10) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as channel,
+        contextlib.suppress(ssl.SSLError, ConnectionResetError),
+    ):
+        assert channel.recv(1) == b""
