@@ -12,7 +12,7 @@ import click
 import typer
 
 from .. import __version__
-from . import audit, data, doctor, ledger, provision, report, run, runs, server, site
+from . import audit, data, doctor, ledger, provision, report, run, runs, server, site, submit
 
 app = typer.Typer(
     help="Federated, differentially private training of generative models.",
@@ -25,6 +25,7 @@ app = typer.Typer(
 for command in (run.simulate, run.sample, run.evaluate, run.init, doctor.doctor):
     app.command()(command)
 app.command()(report.report)
+app.command()(submit.submit)
 app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")

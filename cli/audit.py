@@ -132,6 +132,30 @@ def transcript(
         typer.echo(f"  {site}: its ledger has {count} entries, head {head[:16]}")
 
 
+@app.command()
+def log(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A server's audit.jsonl.")],
+    receipt: Annotated[
+        str | None,
+        typer.Option(help="ENTRY:HASH that submit, cancel or resume printed: must be in it."),
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Check that nothing was changed or removed in the log of a server; a fault is an error."""
+    from dataclasses import asdict
+
+    from ..server.audit_log import parse_receipt, verify
+
+    found = verify(path, parse_receipt(receipt) if receipt is not None else None)
+    if as_json:
+        typer.echo(json.dumps({"whole": True, **asdict(found)}))
+        return
+    typer.echo(f"{path}: whole, {found.count} entries, head {found.head}")
+    if found.torn:
+        typer.echo(f"  {found.torn} bytes after them are of an entry that a crash cut off")
+
+
 def _facts(verdict: "Verdict") -> dict[str, Any]:
     """A verdict as plain values."""
     from dataclasses import asdict

@@ -58,7 +58,7 @@ def simulate(
     if as_json:
         typer.echo(json.dumps({**run.metrics, "folder": str(run.path)}))
     else:
-        _print_summary(run)
+        print_summary(run)
 
 
 def sample(
@@ -142,7 +142,8 @@ def _print_plan(loaded: Any, *, as_json: bool) -> None:  # noqa: ANN401
     typer.echo(f"{'simulated data':20} {report.records} records, {report.kept} usable")
 
 
-def _print_summary(run: "Run") -> None:
+def print_summary(run: "Run") -> None:
+    """What a finished run promised and found, and where its files are."""
     privacy, metrics = run.privacy, run.metrics
     typer.echo(
         f"{metrics['rounds']} rounds, {metrics['sites']} sites, {metrics['seconds']['total']:.1f} s"
@@ -156,7 +157,9 @@ def _print_summary(run: "Run") -> None:
     for name, found in metrics["quality"].items():
         typer.echo(f"{name:24} {plus_minus(found)}")
     typer.echo(f"Run folder: {run.path}")
-    typer.echo(f"What cleaning found: {run.path}/sites/*/cleaning.json")
+    if (run.path / "sites").is_dir():  # a simulation's; a federation's sites keep theirs
+        typer.echo(f"What cleaning found: {run.path}/sites/*/cleaning.json")
     for file in sorted(run.path.glob("samples.*")):
         typer.echo(f"Samples: {file}")
-    typer.echo(f"Report: {run.path / 'report.html'}")
+    if (run.path / "report.html").is_file():
+        typer.echo(f"Report: {run.path / 'report.html'}")

@@ -1,4 +1,4 @@
-"""The runs of a folder: list them, hold some against one another."""
+"""Runs, of a folder or of a server: list, compare, watch, cancel, resume, fetch."""
 
 import json
 import os.path
@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..config import not_below, small_not_below
+from .remote import KitOption, OperatorOption, RunNumber, follow, print_runs
 from .show import Json, figure, plus_minus
 
 if TYPE_CHECKING:
     from ..compare import Comparison, Facts
 
-app = typer.Typer(help="Runs: list them, compare them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Runs: list, compare; a server's: watch, cancel, resume, fetch.", no_args_is_help=True
+)
 
 _LABEL, _CELL = 28, 17  # columns of a terminal; three runs stand side by side on 80
 _Row = tuple[str, Sequence[str]]
@@ -22,11 +25,102 @@ _Row = tuple[str, Sequence[str]]
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="The folder that holds runs.")] = Path("runs"),
+    folder: Annotated[
+        Path | None, typer.Argument(help="The folder that holds runs; runs by default.")
+    ] = None,
+    kit: Annotated[
+        Path | None,
+        typer.Option(envvar="FEDVEIL_KIT", help="List the server's runs; without FOLDER only."),
+    ] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """One line a run, the newest first."""
+    if kit is not None and folder is None:
+        _list_remote(kit, as_json=as_json)
+    else:
+        _list_folder(folder or Path("runs"), as_json=as_json)
+
+
+@app.command()
+def watch(run: RunNumber, kit: KitOption, *, as_json: Json = False) -> None:
+    """Show a run of the server until it ends: exit 1 if it failed."""
+    from ..deployment.control import member_kit
+
+    follow(member_kit(kit), run, as_json=as_json)
+
+
+@app.command()
+def cancel(run: RunNumber, kit: OperatorOption, *, as_json: Json = False) -> None:
+    """Take a run out of the server's queue, or stop it."""
+    _change("cancel", run, kit, "cancelled", as_json=as_json)
+
+
+@app.command()
+def resume(run: RunNumber, kit: OperatorOption, *, as_json: Json = False) -> None:
+    """Put a run that failed, was cancelled or interrupted back into the server's queue."""
+    _change("resume", run, kit, "queued again", as_json=as_json)
+
+
+@app.command()
+def fetch(
+    run: RunNumber,
+    kit: KitOption,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A new folder.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Get a run that has ended: then sample it, audit it, write its report."""
+    from ..deployment.control import ControlClient, member_kit
+    from ..deployment.fetching import receive, refuse_taken
+
+    opened = member_kit(kit)
+    refuse_taken(out)
+    with ControlClient(opened) as client:
+        summary = receive(client.stream("fetch", {"run": run}), out)
+    if as_json:
+        typer.echo(json.dumps({**summary, "folder": str(out)}))
+    elif summary["state"] == "finished":
+        from ..run import Run
+        from .run import print_summary
+
+        print_summary(Run(out))
+    else:
+        cause = f": {summary['cause']}" if summary["cause"] else ""
+        typer.echo(
+            f"{out}: run {run}, {summary['state']}{cause}; `fedveil report {out}` shows how far it "
+            "came"
+        )
+
+
+def _change(method: str, run: str, kit: Path, done: str, *, as_json: bool) -> None:
+    from ..deployment.control import ControlClient
+    from ..deployment.kit import Kit
+
+    with ControlClient(Kit.read(kit, "operator")) as client:
+        answer = client.call(method, {"run": run})
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    receipt = answer["receipt"]
+    typer.echo(f"run {run}: {done}; receipt {receipt['entry']}:{receipt['hash']}")
+
+
+def _list_remote(kit: Path, *, as_json: bool) -> None:
+    from ..deployment.control import ControlClient, member_kit
+
+    opened = member_kit(kit)
+    with ControlClient(opened) as client:
+        answer = client.call("list")
+    if as_json:
+        typer.echo(json.dumps({"server": opened.control, **answer}))
+    elif answer["runs"]:
+        print_runs(answer["runs"], answer["older"])
+    else:
+        typer.echo(f"{opened.control}: has no runs")
+
+
+def _list_folder(folder: Path, *, as_json: bool) -> None:
     from ..compare import plain
     from ..config import ConfigError
 

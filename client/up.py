@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ..deployment.kit import Kit
+from ..deployment.kit import Kit, open_kit
 from ..deployment.running import held, keep_running
 from ..deployment.supervise import Program
 
@@ -35,4 +35,4 @@ def program(kit: Kit) -> Program:
 
 
 def _opened(folder: Path) -> Kit:
-    return Kit.read(folder, "site")
+    return open_kit(folder, "site")

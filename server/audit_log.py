@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from ..config import ConfigError, FedveilError
 
 GENESIS = "0" * 64
 """What the first entry has as the hash of the one before."""
+_RECEIPT = re.compile(r"([1-9][0-9]{0,17}):([0-9a-f]{64})", re.ASCII)
 _LONGEST = 2000
 """Characters of any field: a line stays readable whatever a caller sends."""
 _TAIL = 1 << 17
@@ -150,6 +152,18 @@ def verify(path: Path, receipt: tuple[int, str] | None = None) -> Verified:
             "written anew"
         )
     return Verified(count, head, len(torn))
+
+
+def parse_receipt(text: str) -> tuple[int, str]:
+    """Reads ENTRY:HASH.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    found = _RECEIPT.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"--receipt {text}: must be ENTRY:HASH, such as 7:1f3c... (64 digits)")
+    return int(found[1]), found[2]
 
 
 def entries(path: Path) -> Iterator[Entry]:

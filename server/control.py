@@ -201,6 +201,11 @@ class ControlPlane:
         if self.stopping.is_set():
             raise RefusedError("UNAVAILABLE", "the server is going down")
 
+    def open_streams(self, name: str) -> int:
+        """How many streams a member has open."""
+        with self._lock:
+            return self._streams[name]
+
     @contextmanager
     def _slot(self, name: str) -> Iterator[None]:
         """A stream holds a thread for as long as it lasts; one member cannot take them all."""

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
 
@@ -77,7 +77,7 @@ class Queue:
             FedveilError: The folder cannot be written.
         """
         self._runs, self._queue = state / "runs", state / "queue"
-        self._held: dict[str, IO[str]] = {}
+        self._held: dict[str, int] = {}  # open markers; they are locked until they are closed
         with _written(state):
             for folder in (self._runs, self._queue):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -192,16 +192,15 @@ class Queue:
         with self._alone(), _written(self._queue):
             if run_id not in self._waiting():
                 raise ConfigError(f"run {run_id}: is not queued")
-            marker = self._file(run_id, "running").open("a")
+            marker = os.open(self._file(run_id, "running"), os.O_CREAT | os.O_RDWR, 0o666)
             try:
                 fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                marker.close()
+                os.close(marker)
                 raise FedveilError(f"run {run_id}: another process is at it still") from None
-            marker.truncate(0)
-            marker.write(f"{os.getpid()}\n")
-            marker.flush()
             self._held[run_id] = marker
+            os.ftruncate(marker, 0)
+            os.write(marker, f"{os.getpid()}\n".encode())
             self._file(run_id, "json").unlink()
             sync_folder(self._queue)
 
@@ -211,7 +210,7 @@ class Queue:
             marker = self._held.pop(run_id, None)
             if marker is not None:
                 self._file(run_id, "running").unlink(missing_ok=True)
-                marker.close()
+                os.close(marker)
 
     def path(self, run_id: str) -> Path:
         """A run's folder.
