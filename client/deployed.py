@@ -83,11 +83,8 @@ def exposed(own: Own) -> list[str]:
     try:
         keys = sorted(own.kit.keys.rglob("*"))
         beside = own.ledger.parent.glob(f"{own.ledger.name}*") if own.ledger.parent.is_dir() else ()
-        return [
-            line
-            for path in (own.kit.keys, *keys, own.kit.state, own.ledger.parent, *sorted(beside))
-            for line in _open_to_others(path)
-        ]
+        paths = (own.kit.keys, *keys, own.kit.state, own.ledger.parent, *sorted(beside))
+        return [line for path in dict.fromkeys(paths) for line in _open_to_others(path)]
     except OSError as error:
         raise ConfigError(
             f"{error.filename}: cannot be looked at ({error.strerror}); call it as the kit's owner"

@@ -1,21 +1,30 @@
 """What all tests share: small configurations, fixed coins, a finished run, kits."""
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import settings
 
 import fedveil
 from fedveil import cli
 from fedveil.config import RunConfig
 from fedveil.deployment.keygen import keygen
+from fedveil.deployment.kit import Kit
 from fedveil.deployment.provision import create, sign
+from fedveil.deployment.roster import Member, Roster, sign_roster
 from fedveil.privacy.noise import Coins
+from fedveil.privacy.secagg.keys import Identity
 
 # New examples at every desk, the same ones in CI: a submission does not fail by another's find.
 settings.register_profile("fedveil", deadline=None, max_examples=40)
@@ -148,3 +157,111 @@ def homes(made_federation: Path, tmp_path: Path) -> Path:
     """The sites' kits by name, where the sites have them."""
     shutil.copytree(made_federation / "homes", tmp_path / "homes")
     return tmp_path / "homes"
+
+
+SITE_TOML = """
+[site]
+name = "st-mary"
+data = "records.csv"
+
+[policy]
+dataset_id = "cardiology"
+epsilon_lifetime = 10.0
+delta_lifetime = 1e-4
+self_test = false
+"""
+
+
+@dataclass
+class SiteKit:
+    """A site's kit, as provisioning and keygen leave it, and who could change it."""
+
+    folder: Path
+    coordinator: Identity
+    authority: ec.EllipticCurvePrivateKey
+    members: tuple[Member, ...] = ()
+    version: int = 0
+    identity: Identity = field(default_factory=lambda: Identity(bytes(range(32))))
+
+    @property
+    def kit(self) -> Kit:
+        return Kit.read(self.folder, "site")
+
+    def write(self, name: str, content: str, mode: int = 0o600) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        path.chmod(mode)
+        return path
+
+    def site_toml(self, policy: str = "", section: str = "") -> None:
+        """The site's own file with more lines of policy, and more sections."""
+        self.write("site.toml", f"{SITE_TOML}{policy}\n{section}\n")
+
+    def roster(self, **identities: bytes) -> Roster:
+        """Signs a newer roster, in which some members have another identity, and keeps it."""
+        changed = {name: public.hex() for name, public in identities.items()}
+        self.version += 1
+        self.members = tuple(
+            replace(one, identity=changed.get(one.name.replace("-", "_"), one.identity))
+            for one in self.members
+        )
+        roster = Roster("heart", self.version, self.members)
+        (self.folder / "roster.json").write_bytes(sign_roster(roster, self.authority))
+        return roster
+
+
+def _certificate(
+    name: str, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePrivateKey, *, ca: bool
+) -> x509.Certificate:
+    now = datetime.now(UTC)
+    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "heart")])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=365))
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        .sign(signer, hashes.SHA256())
+    )
+
+
+@pytest.fixture
+def site_kit(tmp_path: Path) -> SiteKit:
+    """The kit of st-mary, one of three sites, with her keys and an answer in it."""
+    authority = ec.generate_private_key(ec.SECP256R1())
+    made = SiteKit(tmp_path / "kit", Identity(bytes(31) + b"c"), authority)
+    made.folder.mkdir()
+    ca = _certificate("heart", authority.public_key(), authority, ca=True)
+    pem = serialization.Encoding.PEM
+    made.write("ca.pem", ca.public_bytes(pem).decode())
+    own = _certificate(
+        "st-mary", ec.generate_private_key(ec.SECP256R1()).public_key(), authority, ca=False
+    )
+    prints = {name: f"{place:02x}" * 32 for place, name in enumerate(("a-site", "b-site"))}
+    prints["st-mary"] = own.fingerprint(hashes.SHA256()).hex()
+    others = {name: Identity(name.encode().ljust(32)) for name in ("a-site", "b-site")}
+    made.members = (
+        *(Member(n, "site", prints[n], one.public.hex(), "") for n, one in others.items()),
+        Member("operator", "operator", "ee" * 32),
+        Member("st-mary", "site", prints["st-mary"], made.identity.public.hex(), ""),
+    )
+    made.write(
+        "kit.toml",
+        'federation = "heart"\nrole = "site"\nname = "st-mary"\nserver = "localhost"\n'
+        f'fleet_port = 1\ncontrol_port = 2\ncoordinator = "{made.coordinator.public.hex()}"\n',
+    )
+    made.roster()
+    roster = json.loads((made.folder / "roster.json").read_text(encoding="utf-8"))
+    answer = {"certificate": own.public_bytes(pem).decode(), "roster": roster}
+    made.write("answer.json", json.dumps(answer))
+    made.write("keys/identity.key", f"{bytes(range(32)).hex()}\n")
+    made.write("keys/vault.key", f"{(b'v' * 32).hex()}\n")
+    made.write("keys/split.key", f"{(b's' * 32).hex()}\n")
+    made.write("records.csv", "".join(f"{n},{n % 2}\n" for n in range(40)))
+    made.site_toml()
+    return made
