@@ -133,7 +133,10 @@ def read_line(line: str, process: str) -> dict[str, object]:
         found = json.loads(line)
         if isinstance(found, dict) and found.keys() >= set(_FIRST):
             return found
-    return {"time": now(), "level": "INFO", "process": process, "message": line.strip()}
+    text = line.strip()
+    message = text.removeprefix("error: ")  # as the command line has it
+    level = "INFO" if message == text else "ERROR"
+    return {"time": now(), "level": level, "process": process, "message": message}
 
 
 def emit(fields: Fields) -> None:

@@ -1,5 +1,6 @@
 """What all tests share: small configurations, fixed coins, a finished run."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -97,3 +98,21 @@ def write_file(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def make_kit(tmp_path: Path) -> Callable[..., Path]:
+    """Makes the folder of a kit that holds `kit.toml` only."""
+
+    def make(role: str, **values: object) -> Path:
+        about = {
+            "federation": "trial", "role": role, "name": f"the-{role}", "server": "localhost",
+            "fleet_port": 9443, "control_port": 9444, "coordinator": "0" * 64,
+        }  # fmt: skip
+        folder = tmp_path / f"kit-{role}"
+        folder.mkdir(exist_ok=True)
+        lines = [f"{name} = {json.dumps(value)}" for name, value in (about | values).items()]
+        (folder / "kit.toml").write_text("\n".join(lines), encoding="utf-8")
+        return folder
+
+    return make
