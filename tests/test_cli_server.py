@@ -106,6 +106,8 @@ def test_a_server_that_is_well(call: Call, make_kit: MakeKit, serving: Callable[
     day = f"{datetime.now(UTC) + timedelta(days=30):%Y-%m-%d}"
     with held(Kit.read(folder, "server")):
         (folder / "state" / "queue.json").write_text('{"running": null}')
+        nodes = {"bern": {"node": 1, "online": True, "since": "today"}}
+        (folder / "state" / "nodes.json").write_text(json.dumps(nodes))
         found = call("server", "status", folder, "--json")
         plain = call("server", "status", folder)
     assert found.code == plain.code == 0
@@ -115,6 +117,7 @@ def test_a_server_that_is_well(call: Call, make_kit: MakeKit, serving: Callable[
     assert told["ports"]["control"]["answers"] is True
     assert told["state"]["queue"] == {"running": None}
     assert f"answers, certificate until {day}" in plain.out
+    assert "site bern      connected since today" in plain.out
 
 
 def test_a_server_that_is_down(call: Call, make_kit: MakeKit, silent_port: int) -> None:

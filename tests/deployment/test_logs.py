@@ -225,6 +225,9 @@ class TestExceptions:
         named = fields_of(record("failed: %(why)s", {"why": ValueError(QUOTED)}), "a")
         assert named["message"] == "failed: ValueError"
 
+    def test_our_own_as_an_argument(self) -> None:
+        assert fields_of(record("%s", ConfigError("a\nb")), "a")["message"] == "a b"
+
     def test_a_cause_is_not_told_either(self) -> None:
         error = RuntimeError()
         error.__cause__ = ValueError(QUOTED)
@@ -287,3 +290,5 @@ def test_the_level_asked_for(
     if given_level:
         monkeypatch.setenv(logs.LEVEL, given_level)
     assert level_asked() == level
+    configure("a")
+    assert logging.getLogger().level == level

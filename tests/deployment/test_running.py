@@ -1,5 +1,6 @@
 """One supervisor a kit, its programs' environment, and what is noted of them."""
 
+import fcntl
 import json
 import logging
 import os
@@ -55,8 +56,8 @@ class TestTheLock:
         with held(kit):
             pass
         looking = os.open(kit.state / "up.lock", os.O_RDONLY)
-        assert running._lock(looking, running.fcntl.LOCK_SH)
-        monkeypatch.setattr(running.time, "sleep", lambda _: os.close(looking))
+        assert running._lock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr("time.sleep", lambda _: os.close(looking))
         with held(kit):
             assert holder(kit) == os.getpid()
 
