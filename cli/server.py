@@ -43,6 +43,9 @@ def _print(found: dict[str, Any]) -> None:
     for name, one in found["ports"].items():
         answer = f"answers, certificate until {one['until']}" if one["answers"] else one["cause"]
         typer.echo(f"  {name + ' port':14} {one['port']:<6} {answer}")
+    for name, about in (found["state"].get("nodes") or {}).items():
+        connected = "connected" if about["online"] else "away"
+        typer.echo(f"  site {name:9} {connected} since {about['since']}")
     noted = found["state"].get("up") or {}
     if found["pid"] is None and noted:
         typer.echo(f"  as it was when its supervisor ended, begun {noted['since']}:")

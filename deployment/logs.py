@@ -29,7 +29,7 @@ _FIRST = ("time", "level", "process", "message")
 Fields = Mapping[str, object]
 
 
-def configure(process: str, level: int = logging.INFO) -> None:
+def configure(process: str, level: int | None = None) -> None:
     """Sends all logs of this process, other packages' too, to stderr in our form, each once.
 
     Other packages may be imported before or after. Of what they say only warnings and worse are
@@ -37,8 +37,9 @@ def configure(process: str, level: int = logging.INFO) -> None:
 
     Args:
         process: What the lines call it.
-        level: The least that is shown.
+        level: The least that is shown; by default what `level_asked` says.
     """
+    level = level_asked() if level is None else level
     logging.raiseExceptions = False  # a reader of stderr that went away stops no run
     handler = _Handler(process, level)
     root = logging.getLogger()
@@ -133,7 +134,10 @@ def read_line(line: str, process: str) -> dict[str, object]:
         found = json.loads(line)
         if isinstance(found, dict) and found.keys() >= set(_FIRST):
             return found
-    return {"time": now(), "level": "INFO", "process": process, "message": line.strip()}
+    text = line.strip()
+    message = text.removeprefix("error: ")  # as the command line has it
+    level = "INFO" if message == text else "ERROR"
+    return {"time": now(), "level": level, "process": process, "message": message}
 
 
 def emit(fields: Fields) -> None:
@@ -196,6 +200,8 @@ def _message(record: logging.LogRecord, *, whole: bool) -> str:
 
 def _shown(value: object) -> object:
     """A value that a line may hold: no foreign exception's text, and no number without JSON."""
+    if isinstance(value, FedveilError):
+        return " ".join(str(value).split())
     if isinstance(value, BaseException):
         return scrubbed(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

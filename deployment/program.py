@@ -21,13 +21,12 @@ def run_program(name: str, serve: Callable[[Path], None]) -> None:
         name: What its logs call it.
         serve: The program; takes the kit's folder.
     """
-    level = level_asked()
-    configure(name, level)
+    configure(name)
     try:
         if len(sys.argv) != 2:
             raise ConfigError(f"{name}: takes one argument, the folder of the kit")
         serve(Path(sys.argv[1]))
     except FedveilError as error:
-        shown = level <= logging.DEBUG
-        _logger.critical(" ".join(str(error).split()), exc_info=shown)
+        shown = level_asked() <= logging.DEBUG
+        _logger.critical("%s", error, exc_info=shown)
         sys.exit(error.exit_code)

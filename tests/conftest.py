@@ -265,3 +265,21 @@ def site_kit(tmp_path: Path) -> SiteKit:
     made.write("records.csv", "".join(f"{n},{n % 2}\n" for n in range(40)))
     made.site_toml()
     return made
+
+
+@pytest.fixture
+def make_kit(tmp_path: Path) -> Callable[..., Path]:
+    """Makes the folder of a kit that holds `kit.toml` only."""
+
+    def make(role: str, **values: object) -> Path:
+        about = {
+            "federation": "trial", "role": role, "name": f"the-{role}", "server": "localhost",
+            "fleet_port": 9443, "control_port": 9444, "coordinator": "0" * 64,
+        }  # fmt: skip
+        folder = tmp_path / f"kit-{role}"
+        folder.mkdir(exist_ok=True)
+        lines = [f"{name} = {json.dumps(value)}" for name, value in (about | values).items()]
+        (folder / "kit.toml").write_text("\n".join(lines), encoding="utf-8")
+        return folder
+
+    return make
