@@ -31,7 +31,8 @@ from ..deployment.control import (
     encode,
     our_version,
 )
-from ..deployment.kit import Kit
+from ..deployment.kit import Kit, open_kit
+from ..deployment.logs import configure, level_asked
 from ..deployment.roster import Member
 from . import calls
 from .audit_log import AuditLog
@@ -351,7 +352,7 @@ def main(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    configure("control", level_asked())
     # gRPC refuses a handshake by itself, without a certificate or with another authority's. It
     # writes a line on stderr on each, unless the environment makes it quiet.
     for variable in ("GRPC_VERBOSITY", "GLOG_minloglevel"):
@@ -362,10 +363,10 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1:
             raise ConfigError("usage: python -m fedveil.server.control KIT")
-        kit = Kit.read(Path(arguments[0]), "server")
+        kit = open_kit(Path(arguments[0]), "server")
         serving = serve(kit)
     except FedveilError as error:
-        sys.stderr.write(f"error: {error}\n")
+        log.error("%s", error)
         return error.exit_code
     log.info("fedveil %s: control plane of %s on port %d", our_version(), kit.name, serving.port)
     done.wait()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..config import ConfigError
-from ..deployment.kit import Kit, KitFile
+from ..deployment.kit import Kit, KitFile, open_kit
 from ..deployment.running import held, keep_running
 from ..deployment.supervise import Program
 
@@ -73,4 +73,4 @@ def _check_port(name: str, port: int) -> None:
 
 
 def _opened(folder: Path) -> Kit:
-    return Kit.read(folder, "server")
+    return open_kit(folder, "server")
