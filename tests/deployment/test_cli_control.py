@@ -88,8 +88,12 @@ class TestSubmit:
     def test_what_the_server_has_no_use_for_stays_here(
         self, call: Call, federation: Federation, kit: Path, config: Path
     ) -> None:
-        settings = ("federation.sites=3", "data.ledger=mine", "data.dataset_id=digits")
-        call("submit", config, "--kit", kit, *(w for s in settings for w in ("--set", s)))
+        settings = (
+            "federation.sites=3", "data.ledger=mine", "data.dataset_id=digits",
+            "policy.epsilon_lifetime=20", "policy.delta_lifetime=0.001",
+        )  # fmt: skip
+        flags = (word for setting in settings for word in ("--set", setting))
+        assert call("submit", config, "--kit", kit, *flags).err == ""
         (summary,) = federation.queue.listed()
         assert "mine" not in (federation.queue.path(summary.run_id) / "config.toml").read_text()
 

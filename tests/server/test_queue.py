@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)  # fmt: skip
 
 from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep import run_schema
@@ -391,8 +397,6 @@ def test_any_order_of_calls(
     class Machine(Life):
         make = staticmethod(lambda: Queue(tmp_path_factory.mktemp("queue")))
         submit_to = staticmethod(lambda queue: queue.submit(config, schema, "olga", IDENTITIES))
-
-    from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
         Machine,
