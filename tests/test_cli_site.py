@@ -54,7 +54,7 @@ class TestApprove:
         self, call: Call, site_kit: Kit, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[str] = []
-        monkeypatch.setattr("typer.confirm", lambda text: asked.append(text) or True)
+        monkeypatch.setattr("typer.confirm", lambda text: not asked.append(text))  # type: ignore[func-returns-value]
         found = call("site", "approve", site_kit.folder, "run-a")
         assert (found.code, asked) == (0, ["Approve it?"])
         assert found.out.startswith("Costs 2.\nrun-a: approved by ")
@@ -179,6 +179,7 @@ class TestStatus:
         site.close()
         found = json.loads(call("site", "status", site_kit.folder, "--json").out)["accounts"]
         training = next(one for one in found if one["account"].endswith("/training"))
+        assert priced.training_epsilon is not None
         assert training["epsilon"] == pytest.approx(priced.training_epsilon)
         assert training["epsilon_left"] == pytest.approx(10 - priced.training_epsilon)
         assert training["delta_left"] == pytest.approx(1e-4 - config.privacy.delta)

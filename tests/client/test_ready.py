@@ -64,7 +64,8 @@ class Asked:
     """A real site, what is asked of it, and what became of its ledger and records."""
 
     def __init__(self, made: Kit) -> None:
-        self.made, self.state = made, made.folder / "state"
+        self.made = made
+        self.state: Path = made.folder / "state"
         self.open()
 
     def open(self, policy: str = OPEN, **lines: str) -> None:
@@ -112,7 +113,8 @@ class Asked:
     @property
     def was_read(self) -> bool:
         """Whether its records were ever read: it keeps a report of that."""
-        return (self.state / "records").exists() or (self.state / "records.failed").exists()
+        folder: Path = self.state / "records"
+        return folder.exists() or (self.state / "records.failed").exists()
 
     def signed(self, task: Task) -> Task:
         statement = run_statement(task.run_id, task.config, task.schema, task.aggregator)
@@ -310,6 +312,7 @@ class TestApproval:
         epsilon, delta = run.left["training"]
         assert epsilon is not None
         assert delta is not None
+        assert config.privacy.delta is not None
         assert 8.0 <= epsilon < 8.1
         assert delta == pytest.approx(1e-4 - config.privacy.delta)
 
