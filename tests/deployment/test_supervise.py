@@ -2,6 +2,7 @@
 
 import json
 import os
+import selectors
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedveil.deployment.supervise import Notice, Program, how_ended, supervise
+from fedveil.deployment.supervise import Notice, Program, _Child, how_ended, supervise
 
 STAYS = "note(os.getpid()); signal.pause()"
 
@@ -198,6 +199,26 @@ class TestWhatProgramsSay:
         up.noted(1)
         assert up.stop() == 0
         assert self.said(up, "talks") == [f"line {n}" for n in range(2000)]
+
+    def test_more_than_a_pipe_usually_holds(self, start_supervisor: StartSupervisor) -> None:
+        """Its last line is why it ended."""
+        text = (
+            "import fcntl; fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 2**20)\n"
+            "os.write(1, b'line\\n' * 50_000 + b'error: no key\\n'); os._exit(2)"
+        )
+        up = start_supervisor(("talks", text))
+        assert up.process.wait(60) == 2
+        assert up.lines()[-1]["message"] == "talks: no key"
+
+    def test_one_that_closes_its_output_is_not_asked_for_ever(self) -> None:
+        closes = "import os, signal; os.close(1); os.close(2); signal.pause()"
+        child = _Child(Program("closes", (sys.executable, "-c", closes)), None)
+        with selectors.DefaultSelector() as selector:
+            assert child.start(0.0, selector)
+            ((key, _),) = selector.select(60)
+            key.data()
+            assert not selector.get_map()
+            assert child.bury(selector) == -signal.SIGKILL
 
     def test_a_line_without_end_fills_no_memory(
         self, start_supervisor: StartSupervisor, until: Until
