@@ -86,7 +86,7 @@ def serve(kit: Kit, app: Any, key: str) -> None:  # noqa: ANN401
 def tell_refused(scope: Scope, status: int) -> None:
     """Logs a request that was refused."""
     client = scope.get("client") or ("?", 0)
-    path = ascii(scope.get("path", ""))[1:81]
+    path = ascii(scope.get("path", ""))[1:-1][:80]
     log.warning("refused %s from %s: HTTP %d", path, client[0], status)
 
 

@@ -5,25 +5,44 @@ The tests of this file share one deployment and stand in the order in which they
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
+import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.cli.build import build_fab_from_files
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.fab_pb2 import Fab
+from flwr.supercore.control.control_http_client import ControlHttpClient
 
 import fedveil
 from fedveil.api import resolve
-from fedveil.config import RunConfig, load_config
+from fedveil.config import ConfigError, RunConfig, load_config
+from fedveil.deployment.control import ControlClient
+from fedveil.deployment.kit import Kit
+from fedveil.flower import Message
+from fedveil.flower.fleet import Fleet, RefusedError
+from fedveil.flower.link import Address, RunGrid, run_at
+from fedveil.flower.superlink import KEY_HEADER, WithKey
 from fedveil.models.state import read_file
 from fedveil.privacy.noise import Coins
+from fedveil.server.grid import PollingGrid
+from fedveil.server.link_key import link_key
 from fedveil.server.simulation.sites import load_shards
+from fedveil.wire import ADVERTISE, Step, pack
 
 EXAMPLE = Path(fedveil.__file__).parent / "examples" / "digits-vae.toml"
 STARTED = Path(__file__).with_name("with_coins.py")
@@ -248,4 +267,245 @@ class TestARun:
         assert [(event["round"], event["sites"], event["dropped"]) for event in rounds] == [
             (number, 4, []) for number in range(1, ROUNDS + 1)
         ]
-        print([event["seconds"] for event in rounds])
+
+
+def from_elsewhere(port: int, path: str, **headers: str) -> int:
+    """What the Fleet port answers to a request from 127.0.0.2, which is not the server's own."""
+    transport = httpx.HTTPTransport(verify=False, local_address="127.0.0.2")
+    with httpx.Client(transport=transport) as client:
+        sent = {"content-type": "application/protobuf", **headers}
+        answer = client.post(f"https://127.0.0.1:{port}{path}", content=b"", headers=sent)
+    return answer.status_code
+
+
+def audited(deployed: Deployment) -> list[dict[str, Any]]:
+    path = deployed.kits / "server" / "state" / "audit.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def refusal(deployed: Deployment, member: str, call: str) -> str:
+    """What the audit log says of the last call of somebody."""
+    found = [e for e in audited(deployed) if (e["member"], e["call"]) == (member, call)]
+    return str(found[-1]["outcome"])
+
+
+def link_address(deployed: Deployment) -> Address:
+    kit = Kit.read(deployed.kits / "server", "server")
+    return Address(f"127.0.0.1:{deployed.fleet_port}", kit.ca.read_bytes(), link_key(kit))
+
+
+@contextmanager
+def foreign_run(address: Address, bundle: bytes) -> Iterator[RunGrid]:
+    """A run that somebody starts who has all the server's secrets, with a bundle of theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedveil.flower.link.deployed_bundle", lambda: bundle)
+        with run_at(address, print) as grid:
+            yield grid
+
+
+def bundle_with(name: str, text: str) -> bytes:
+    """A bundle that holds a package of its own."""
+    manifest = """
+[project]
+name = "theirs"
+version = "1.0.0"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "them"
+[tool.flwr.app.components]
+serverapp = "fedveil.server.app:server_app"
+clientapp = "fedveil.client.app:client_app"
+[tool.flwr.app.config]
+"""
+    files = {"pyproject.toml": manifest.encode(), name: text.encode()}
+    return bytes(build_fab_from_files(files)[0])
+
+
+class TestIntruders:
+    """Each is refused, and leaves a line."""
+
+    def test_without_a_certificate(self, deployed: Deployment) -> None:
+        ca = (deployed.operator / "ca.pem").read_bytes()
+        before = deployed.log("server").count("Handshake")
+        credentials = grpc.ssl_channel_credentials(root_certificates=ca)
+        with grpc.secure_channel(f"127.0.0.1:{deployed.control_port}", credentials) as channel:
+            ask = channel.unary_unary("/fedveil.Control/list")
+            with pytest.raises(grpc.RpcError) as caught:
+                ask(b"{}", timeout=20)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until("a line of it", lambda: deployed.log("server").count("Handshake") > before)
+
+    def test_with_another_authoritys_certificate(
+        self, deployed: Deployment, tmp_path: Path
+    ) -> None:
+        deployed.call("provision", "create", "federation.toml", "-o", tmp_path / "theirs")
+        kit = tmp_path / "theirs" / "operators" / "olga"
+        (kit / "ca.pem").write_bytes((deployed.operator / "ca.pem").read_bytes())
+        before = deployed.log("server").count("Handshake")
+        told = deployed.call("runs", "list", "--kit", kit, code=2)
+        assert told.startswith("error: ")
+        assert told.count("\n") == 1
+        until("a line of it", lambda: deployed.log("server").count("Handshake") > before)
+
+    def test_a_site_as_an_operator(self, deployed: Deployment) -> None:
+        kit = Kit.read(deployed.site(SITES[0]), "site")
+        with ControlClient(kit) as client:
+            for call in ("submit", "list", "cancel", "resume"):
+                with pytest.raises(ConfigError, match=f"^{call}: is for operator"):
+                    client.call(call, {})
+                assert refusal(deployed, SITES[0], call).startswith(f"refused: {call}: is for")
+
+    @pytest.mark.parametrize(
+        "path",
+        ["/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/acquire-task", "/docs"],
+    )
+    def test_flowers_own_apis_from_elsewhere(self, deployed: Deployment, path: str) -> None:
+        key = link_address(deployed).secret.hex()
+        assert from_elsewhere(deployed.fleet_port, path) == 403
+        assert from_elsewhere(deployed.fleet_port, path, **{KEY_HEADER: key}) == 403
+        line = f"refused {path} from 127.0.0.2: HTTP 403"
+        until("a line of it", lambda: deployed.log("server").count(line) >= 2)
+
+    def test_a_node_that_nobody_knows(self, deployed: Deployment) -> None:
+        ca = (deployed.operator / "ca.pem").read_bytes()
+        address = f"127.0.0.1:{deployed.fleet_port}"
+        key = ec.generate_private_key(ec.SECP384R1())
+        with (
+            closing(Fleet(address, ca, key)) as fleet,
+            pytest.raises(RefusedError),
+            fleet.session(0),
+        ):
+            pytest.fail("it is in")
+        line = "refused /v1/fleet/activate-node from 127.0.0.1"
+        until("a line of it", lambda: line in deployed.log("server"))
+
+    def test_a_bundle_with_a_package_of_ours_in_it(
+        self, deployed: Deployment, tmp_path: Path
+    ) -> None:
+        """By someone who has even the server's own secrets: sites refuse, and unpack nothing."""
+        planted = tmp_path / "it-ran"
+        bundle = bundle_with("fedveil/__init__.py", f"open({str(planted)!r}, 'w')")
+        nodes = json.loads((deployed.kits / "server/state/nodes.json").read_text(encoding="utf-8"))
+        with foreign_run(link_address(deployed), bundle) as grid:
+            step = pack(Step("0" * 16, b""))
+            sent = [Message(step, node["node"], ADVERTISE) for node in nodes.values()]
+            replies = PollingGrid(grid, lambda: None).send_and_receive(sent, timeout=PATIENCE)
+            found = list(replies)
+            number = grid.run.run_id
+        assert len(found) == len(SITES)
+        assert all(reply.has_error() and reply.error.reason == "" for reply in found)
+        for name in SITES:
+            assert f"refused run {number}: it was started with a bundle of its own" in deployed.log(
+                name
+            )
+        assert not planted.exists()
+
+    def test_a_run_that_the_executor_did_not_begin(self, deployed: Deployment) -> None:
+        """It stays at the SuperLink until the next run, and is refused then."""
+        address = link_address(deployed)
+        with closing(
+            ControlHttpClient.from_server_address(
+                address.at,
+                insecure=False,
+                root_certificates=address.ca,
+                interceptors=(WithKey(address.secret.hex()),),
+            )
+        ) as control:
+            fab = Fab(content=bundle_with("fedveil/__init__.py", "raise SystemExit"))
+            number = control.StartRun(StartRunRequest(fab=fab)).run_id
+        run = deployed.submit(privacy__mechanism="central")  # which no site's policy allows
+        until("it has failed", lambda: deployed.state_of(run) == "failed")
+        assert f"run {number} at the SuperLink: was not begun here, refused" in deployed.log(
+            "server"
+        )
+
+    def test_a_run_that_no_policy_allows(self, deployed: Deployment) -> None:
+        run = deployed.submit(privacy__mechanism="central")
+        told = deployed.call("runs", "watch", run, "--kit", deployed.operator, code=1)
+        assert "its policy does not allow the mechanism" in told
+        (failed,) = [e for e in deployed.events(run) if e["event"] == "failed"]
+        assert "4 of 4 sites refuse" in failed["cause"]
+        for name in SITES:
+            until("a line of it", partial(said, deployed, name, "central"))
+
+    def test_another_sites_key_in_a_kit(self, deployed: Deployment, tmp_path: Path) -> None:
+        kit = tmp_path / "kit"
+        shutil.copytree(deployed.site(SITES[0]), kit, ignore=shutil.ignore_patterns("state"))
+        for name in ("identity.key", "node.key", "control.key"):
+            own = (kit / "keys" / name).read_bytes()
+            (kit / "keys" / name).write_bytes(
+                (deployed.site(SITES[1]) / "keys" / name).read_bytes()
+            )
+            told = deployed.call("site", "up", kit, code=2)
+            assert told.count("\n") == 1
+            assert name in told
+            (kit / "keys" / name).write_bytes(own)
+
+    def test_whoever_was_revoked(self, deployed: Deployment) -> None:
+        kit = deployed.kits / "auditors" / "anton"
+        deployed.call("runs", "list", "--kit", kit)
+        sites = {name: (deployed.site(name) / "roster.json").read_bytes() for name in SITES}
+        deployed.call("provision", "revoke", "kits", "anton")
+        told = deployed.call("runs", "list", "--kit", kit, code=2)
+        assert "is not in the roster" in told
+        digest = next(e["member"] for e in reversed(audited(deployed)) if e["call"] == "list")
+        assert refusal(deployed, digest, "list").startswith("refused: certificate ")
+        assert sites == {n: (deployed.site(n) / "roster.json").read_bytes() for n in SITES}
+
+    def test_all_of_it_stands_in_an_unbroken_log(self, deployed: Deployment) -> None:
+        log = deployed.kits / "server" / "state" / "audit.jsonl"
+        found = json.loads(deployed.call("audit", "log", log, "--json"))
+        assert found["entries"] == len(audited(deployed))
+
+
+class TestFaults:
+    def test_a_site_is_killed_in_the_middle_of_a_round(self, deployed: Deployment) -> None:
+        name = SITES[1]
+        run = deployed.submit(federation__rounds=4)
+        until("a round", lambda: rounds_of(deployed, run))
+        status = deployed.site(name) / "state" / "status.json"
+
+        def at_work() -> int:
+            said = json.loads(status.read_text(encoding="utf-8"))
+            return int(said["pid"]) if said["state"] == "working" else 0
+
+        os.kill(until("it works", at_work), signal.SIGKILL)
+        until("the run has ended", lambda: deployed.state_of(run) != "running")
+        assert deployed.state_of(run) == "finished"
+        found = rounds_of(deployed, run)
+        assert [event["round"] for event in found] == [1, 2, 3, 4]
+        assert all(event["sites"] >= 3 for event in found)
+        until("it is back", lambda: deployed.connected() == list(SITES))
+
+    def test_a_site_is_late_and_the_server_is_killed(self, deployed: Deployment) -> None:
+        late = SITES[3]
+        assert deployed.down(late) == 0
+        until("it is away", lambda: late not in deployed.connected())
+        run = deployed.submit(federation__rounds=6, secagg__epoch_rounds=2)
+        until("a round", lambda: rounds_of(deployed, run))
+        deployed.up(late, 4)
+        until("it takes part", lambda: rounds_of(deployed, run)[-1]["sites"] == 4)
+        assert [event["sites"] for event in rounds_of(deployed, run)[:2]] == [3, 3]
+        server = deployed.processes.pop("server")
+        server.kill()  # and its programs with it
+        server.wait()
+        done = len(rounds_of(deployed, run))
+        deployed.up("server", 0)
+        until("all sites are back", lambda: deployed.connected() == list(SITES))
+        assert deployed.state_of(run) == "interrupted"
+        deployed.call("runs", "resume", run, "--kit", deployed.operator)
+        until("the run has ended", lambda: deployed.state_of(run) not in {"queued", "running"})
+        assert deployed.state_of(run) == "finished"
+        assert [event["event"] for event in deployed.events(run)].count("resumed") == 1
+        found = [event["round"] for event in rounds_of(deployed, run)]
+        assert found[:done] == list(range(1, done + 1))
+        assert found[-1] == 6
+        assert len(found) >= 5  # at most the round that was cut off is lost
+
+
+def said(deployed: Deployment, name: str, text: str) -> bool:
+    return text in deployed.log(name)
+
+
+def rounds_of(deployed: Deployment, run: str) -> list[dict[str, Any]]:
+    return [event for event in deployed.events(run) if event["event"] == "round"]
