@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)  # fmt: skip
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep import run_schema
@@ -398,7 +392,7 @@ def test_any_order_of_calls(
         make = staticmethod(lambda: Queue(tmp_path_factory.mktemp("queue")))
         submit_to = staticmethod(lambda queue: queue.submit(config, schema, "olga", IDENTITIES))
 
-    run_state_machine_as_test(
+    stateful.run_state_machine_as_test(
         Machine,
         settings=settings(
             max_examples=15, stateful_step_count=12, deadline=None,
