@@ -5,6 +5,7 @@
 
 import json
 import logging
+import socket
 import ssl
 import sys
 import threading
@@ -35,6 +36,7 @@ def main(folder: Path) -> int:
     configure("superlink", level_asked())
     try:
         kit = open_kit(folder, "server")
+        listening = listen(kit.about.fleet_port)
         app, key = link(kit)
     except FedveilError as error:
         log.error("%s", error)
@@ -42,7 +44,7 @@ def main(folder: Path) -> int:
     stop = threading.Event()
     watching = threading.Thread(target=watch, args=(kit, app, stop), daemon=True)
     watching.start()
-    serve(kit, app, key)
+    serve(kit, app, key, listening)
     stop.set()
     return 0
 
@@ -63,14 +65,31 @@ def link(kit: Kit) -> tuple[Any, str]:
     return app, secret.hex()
 
 
-def serve(kit: Kit, app: Any, key: str) -> None:  # noqa: ANN401
+def listen(port: int) -> socket.socket:
+    """Listens at a port on all addresses: sites come from outside, see `for_sites`.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(("0.0.0.0", port))  # noqa: S104
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"fleet_port = {port}: cannot be listened on ({error.strerror}); stop the process that "
+            "has it, or choose another port in kit.toml"
+        ) from None
+    return listening
+
+
+def serve(kit: Kit, app: Any, key: str, listening: socket.socket) -> None:  # noqa: ANN401
     """Answers on the kit's Fleet port until a signal comes."""
     import uvicorn
 
     config = uvicorn.Config(
         fenced(app, for_sites(key), tell_refused),
-        host="0.0.0.0",  # noqa: S104  sites come from outside; see `for_sites`
-        port=kit.about.fleet_port,
         ssl_certfile=str(kit.folder / "certificate.pem"),
         ssl_keyfile=str(kit.keys / "server.key"),
         ssl_version=ssl.PROTOCOL_TLS_SERVER,
@@ -80,7 +99,7 @@ def serve(kit: Kit, app: Any, key: str) -> None:  # noqa: ANN401
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    uvicorn.Server(config).run()
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def tell_refused(scope: Scope, status: int) -> None:
