@@ -6,12 +6,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import settings
@@ -19,6 +18,7 @@ from hypothesis import settings
 import fedveil
 from fedveil import cli
 from fedveil.config import RunConfig
+from fedveil.deployment.certificates import issue_member, make_authority, new_key, private_pem
 from fedveil.deployment.keygen import keygen
 from fedveil.deployment.kit import Kit
 from fedveil.deployment.provision import create, sign
@@ -211,37 +211,18 @@ class SiteKit:
         return roster
 
 
-def _certificate(
-    name: str, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePrivateKey, *, ca: bool
-) -> x509.Certificate:
-    now = datetime.now(UTC)
-    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "heart")])
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=365))
-        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        .sign(signer, hashes.SHA256())
-    )
-
-
 @pytest.fixture
 def site_kit(tmp_path: Path) -> SiteKit:
     """The kit of st-mary, one of three sites, with her keys and an answer in it."""
     authority = ec.generate_private_key(ec.SECP256R1())
     made = SiteKit(tmp_path / "kit", Identity(bytes(31) + b"c"), authority)
     made.folder.mkdir()
-    ca = _certificate("heart", authority.public_key(), authority, ca=True)
+    now = datetime.now(UTC)
+    ca = make_authority("heart", authority, 365, now)
     pem = serialization.Encoding.PEM
     made.write("ca.pem", ca.public_bytes(pem).decode())
-    own = _certificate(
-        "st-mary", ec.generate_private_key(ec.SECP256R1()).public_key(), authority, ca=False
-    )
+    control = new_key()
+    own = issue_member(ca, authority, control.public_key(), ("st-mary", "site"), 365, now)
     prints = {name: f"{place:02x}" * 32 for place, name in enumerate(("a-site", "b-site"))}
     prints["st-mary"] = own.fingerprint(hashes.SHA256()).hex()
     others = {name: Identity(name.encode().ljust(32)) for name in ("a-site", "b-site")}
@@ -260,6 +241,7 @@ def site_kit(tmp_path: Path) -> SiteKit:
     answer = {"certificate": own.public_bytes(pem).decode(), "roster": roster}
     made.write("answer.json", json.dumps(answer))
     made.write("keys/identity.key", f"{bytes(range(32)).hex()}\n")
+    made.write("keys/control.key", private_pem(control).decode())
     made.write("keys/vault.key", f"{(b'v' * 32).hex()}\n")
     made.write("keys/split.key", f"{(b's' * 32).hex()}\n")
     made.write("records.csv", "".join(f"{n},{n % 2}\n" for n in range(40)))
@@ -268,8 +250,13 @@ def site_kit(tmp_path: Path) -> SiteKit:
 
 
 @pytest.fixture
-def make_kit(tmp_path: Path) -> Callable[..., Path]:
-    """Makes the folder of a kit that holds `kit.toml` only."""
+def make_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes the folder of a kit that holds `kit.toml` only, with which one may go up all the same.
+
+    What makes a kit whole is `open_kit`'s, and has tests of its own.
+    """
+    for module in ("client", "server"):
+        monkeypatch.setattr(f"fedveil.{module}.up.open_kit", Kit.read)
 
     def make(role: str, **values: object) -> Path:
         about = {

@@ -1,7 +1,6 @@
 """A federation with real certificates on loopback, and real supervisors over small programs."""
 
 import datetime as dt
-import ipaddress
 import json
 import os
 import signal
@@ -18,16 +17,22 @@ from typing import Any
 import pytest
 import tomli_w
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from fedveil.config import RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.schema import schema_to_json
+from fedveil.deployment.certificates import (
+    issue_member,
+    issue_server,
+    make_authority,
+    new_key,
+)
 from fedveil.deployment.control import ControlClient
 from fedveil.deployment.kit import Kit
 from fedveil.deployment.roster import Member, Role, Roster, sign_roster
+from fedveil.privacy.secagg.keys import Identity
 from fedveil.server.calls import Stream
 from fedveil.server.control import Serving, serve
 from fedveil.server.queue import Queue
@@ -62,23 +67,17 @@ class Pair:
         return sha256(self.certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
 
 
-def issue(name: str, issuer: Pair | None = None) -> Pair:
-    """A certificate of an authority, or a new authority."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.certificate.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(minutes=5))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(issuer.key if issuer else key, hashes.SHA256())
-    )
+def issue(name: str, role: str = "authority", issuer: Pair | None = None) -> Pair:
+    """A certificate of an authority, or a new authority, as provisioning makes them."""
+    key, now = new_key(), dt.datetime.now(dt.UTC)
+    if issuer is None:
+        return Pair(key, make_authority("trial", key, 1, now))
+    if role == "server":
+        names = ("localhost", "127.0.0.1")
+        made = issue_server(issuer.certificate, issuer.key, key.public_key(), names, 1, now)
+    else:
+        member = name, role
+        made = issue_member(issuer.certificate, issuer.key, key.public_key(), member, 1, now)
     return Pair(key, made)
 
 
@@ -100,6 +99,9 @@ class Federation:
         ]
         return Roster("trial", version, tuple(members))
 
+    def _signed(self, version: int) -> Any:  # noqa: ANN401
+        return json.loads(sign_roster(self.roster(version), self.authority.key))
+
     def write_roster(self, version: int, gone: tuple[str, ...] = ()) -> None:
         data = sign_roster(self.roster(version, gone), self.authority.key)
         draft = self.server.folder / "roster.new"
@@ -118,13 +120,23 @@ class Federation:
         (folder / "keys").mkdir(parents=True, exist_ok=True)
         about = {
             "federation": "trial", "role": role, "name": name, "server": "127.0.0.1",
-            "fleet_port": 1, "control_port": self.port, "coordinator": "0" * 64,
+            "fleet_port": 1, "control_port": self.port,
+            "coordinator": Identity(b"c" * 32).public.hex(),
         }  # fmt: skip
         (folder / "kit.toml").write_text(tomli_w.dumps(about), encoding="utf-8")
         (folder / "ca.pem").write_bytes((authority or self.authority).certificate_pem)
         (folder / "certificate.pem").write_bytes(pair.certificate_pem)
-        key = "server.key" if role == "server" else "control.key"
-        (folder / "keys" / key).write_bytes(pair.key_pem)
+        if role == "site":
+            answer = {"certificate": pair.certificate_pem.decode(), "roster": self._signed(1)}
+            (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+        key = folder / "keys" / ("server.key" if role == "server" else "control.key")
+        key.write_bytes(pair.key_pem)
+        if role == "server":
+            (folder / "keys" / "coordinator.key").write_text((b"c" * 64).hex(), encoding="ascii")
+            (folder / "keys" / "link.key").write_text((b"l" * 32).hex(), encoding="ascii")
+        for secret in (folder / "keys").iterdir():
+            secret.chmod(0o600)
+        (folder / "keys").chmod(0o700)
         return Kit.read(folder, role)  # type: ignore[arg-type]
 
     @property
@@ -140,11 +152,13 @@ class Federation:
 @pytest.fixture(scope="session")
 def pairs() -> dict[str, Pair]:
     """Certificates of all parties; one authority, and a stranger's."""
-    authority = issue("authority")
-    named = {name: issue(name, authority) for name in ("server", *MEMBERS)}
-    stranger = issue("stranger")
+    authority, stranger = issue("authority"), issue("stranger")
+    named = {name: issue(name, role, authority) for name, role in MEMBERS.items()}
     return {
-        "authority": authority, "stranger": stranger, "forged": issue("olga", stranger), **named,
+        "authority": authority, "stranger": stranger, **named,
+        "server": issue("server", "server", authority),
+        "forged": issue("olga", "operator", stranger),
+        "unlisted": issue("olga", "operator", authority),
     }  # fmt: skip
 
 
