@@ -39,7 +39,8 @@ def submit(
         "schema": json.loads(schema_to_json(schema)),
     }
     with ControlClient(opened) as client:
-        answer = client.call("submit", request)
+        # The first one after its start waits until the server has loaded what prices a run.
+        answer = client.call("submit", request, deadline=180.0)
     run_id, receipt = answer["run"], answer["receipt"]
     if as_json and not watch:
         typer.echo(json.dumps(answer))

@@ -18,7 +18,10 @@ from fedveil.data_prep import modality
 from fedveil.data_prep.tabular import breast_cancer_schema
 from fedveil.export import read_provenance
 
-HEAVY = ("torch", "flwr", "sklearn", "scipy", "matplotlib", "opacus", "polars", "numpy")
+HEAVY = (
+    "torch", "flwr", "sklearn", "scipy", "matplotlib", "opacus", "polars", "numpy", "grpc",
+    "cryptography",
+)  # fmt: skip
 TINY = """
 [federation]
 sites = 2

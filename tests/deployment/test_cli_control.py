@@ -217,7 +217,6 @@ class TestWatch:
 
         def interrupted(*_: object) -> Iterator[object]:
             raise KeyboardInterrupt
-            yield
 
         run_id = queued()
         monkeypatch.setattr("fedveil.deployment.watching.watch", interrupted)

@@ -145,7 +145,7 @@ class TestMessages:
     ) -> None:
         from fedveil.server import calls
 
-        monkeypatch.setattr(calls, "listed", lambda _: {}["a secret of the server"])
+        monkeypatch.setattr(calls, "listed", lambda _: dict[str, int]()["a secret of the server"])
         with pytest.raises(
             FedveilError, match=r"^list: KeyError at the server; its log says more$"
         ):

@@ -138,11 +138,14 @@ class TestWatch:
         mute = calls.Stream(lambda _: False, lambda: None, heartbeat=3600)
         serving = serve(federation.server, "127.0.0.1:0", mute)
         federation.port = serving.port
+        end = threading.Timer(30, serving.stop)  # if nobody notices
+        end.start()
         with ControlClient(federation.kit("ada")) as client:
             stream = client.stream("watch", {"run": queued()}, silence=0.2)
             next(stream)
             with pytest.raises(UnreachableError, match="sent nothing for"):
                 next(stream)
+        end.cancel()
         serving.stop(0)
 
 
@@ -183,7 +186,8 @@ class TestWatchingAcrossLostConnections:
     def test_each_event_once(
         self, flaky: Callable[..., list[Message]], federation: Federation
     ) -> None:
-        one, two, end = ({"event": 1, "offset": 7}, {"event": 2, "offset": 9}, {"end": {}})
+        one, two = {"event": 1, "offset": 7}, {"event": 2, "offset": 9}
+        end: Message = {"end": {}}
         gone = UnreachableError("gone")
         asked = flaky([one], gone, gone, [{"alive": True}, two], [end])
         pauses: list[float] = []
@@ -339,6 +343,7 @@ def test_many_watchers_leave_no_thread_behind(
             assert "state" in next(stream)
             stream.close()  # type: ignore[attr-defined]
         free = threading.Event()
-        while serving.plane.open_streams("olga") and not free.wait(0.01):
-            pass
+        for _ in range(500):
+            if not serving.plane.open_streams("olga") or free.wait(0.01):
+                break
     assert serving.plane.open_streams("olga") == 0

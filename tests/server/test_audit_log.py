@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedveil.config import ConfigError, FedveilError
+from fedveil.server import audit_log
 from fedveil.server.audit_log import GENESIS, AuditLog, entries, parse_receipt, verify
 
 MANY = """
@@ -17,7 +18,9 @@ import sys
 from pathlib import Path
 from fedveil.server.audit_log import AuditLog
 log = AuditLog(Path(sys.argv[1]))
-for number in range(40):
+print("ready", flush=True)
+sys.stdin.read()
+for number in range(200):
     log.append(sys.argv[2], "operator", "list", str(number), "allowed")
 """
 
@@ -162,12 +165,29 @@ def test_the_longest_entry_is_found_again(tmp_path: Path) -> None:
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
+    command = [sys.executable, "-P", "-c", MANY, str(path)]
     processes = [
-        subprocess.Popen([sys.executable, "-P", "-c", MANY, str(path), name])
+        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for name in ("olga", "otto")
     ]
-    assert [process.wait(60) for process in processes] == [0, 0]
-    assert verify(path).count == 80
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()  # both begin here
+    for process in processes:
+        with process:
+            assert process.wait(60) == 0
+    assert verify(path).count == 400
+
+
+def test_a_number_that_was_left_out(path: Path) -> None:
+    """With the right hashes: somebody wrote the end anew."""
+    with path.open("ab", buffering=0) as opened:
+        audit_log._add(opened, 8, verify(path).head, ("olga", "operator", "list", "", "allowed"))
+    with pytest.raises(FedveilError, match="line 6: does not follow"):
+        verify(path)
 
 
 class TestTheCommand:
