@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedveil.client import own_files
 from fedveil.client import secure as client_secure
 from fedveil.client.app import client_app
 from fedveil.config import RunConfig
@@ -35,7 +36,6 @@ from fedveil.server.coordinator import coordinator
 from fedveil.server.evaluation import questions
 from fedveil.server.replies import Collected
 from fedveil.server.secure import Sum
-from fedveil.server.simulation import sites as simulated
 from fedveil.server.simulation.local import local_grid
 from fedveil.server.simulation.recorder import Alter, Crossing, RecordingGrid, passed_on
 from fedveil.server.simulation.sites import load_shards, pin_identities, simulated_site
@@ -246,10 +246,10 @@ class _Entropy:
 def _fix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes all chance out of what follows, but for the nonces of files that stay at a site."""
     secret = _Entropy(b"files")
-    monkeypatch.setattr(simulated, "secrets", secret)
+    monkeypatch.setattr(own_files, "secrets", secret)
     monkeypatch.setattr(coordinator_module, "secrets", secret)
     monkeypatch.setattr(
-        simulated,
+        own_files,
         "Ledger",
         SimpleNamespace(
             create=partial(Ledger.create, clock=noon), open=partial(Ledger.open, clock=noon)

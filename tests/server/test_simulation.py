@@ -19,7 +19,7 @@ import torch
 
 import fedveil
 from fedveil import machine
-from fedveil.client import work
+from fedveil.client import own_files, work
 from fedveil.client.evaluation import holdout_sums
 from fedveil.client.site import Side
 from fedveil.config import ConfigError, FedveilError, RunConfig
@@ -58,9 +58,8 @@ from fedveil.server.aggregation import STRATEGIES
 from fedveil.server.app import ignore
 from fedveil.server.replies import RunError
 from fedveil.server.simulation import run
-from fedveil.server.simulation import sites as simulation
 from fedveil.server.simulation.local import LocalGrid, local_grid
-from fedveil.server.simulation.sites import load_shards, simulated_site
+from fedveil.server.simulation.sites import Shards, load_shards, simulated_site
 from fedveil.server.store import Checkpoint, Event, RunFolder
 
 MakeConfig = Callable[..., RunConfig]
@@ -511,7 +510,7 @@ def run_spoilt(config: RunConfig, folder: RunFolder, failing: Collection[int]) -
     parts = tuple(
         broken if node in failing else part for node, part in enumerate(shards.parts, start=1)
     )
-    run(config, schema, simulation.Shards(parts, shards.report), folder.path, ignore)
+    run(config, schema, Shards(parts, shards.report), folder.path, ignore)
 
 
 def equal_secrets(patch: pytest.MonkeyPatch) -> None:
@@ -522,7 +521,7 @@ def equal_secrets(patch: pytest.MonkeyPatch) -> None:
         return next(numbers).to_bytes(count, "big")
 
     secrets = SimpleNamespace(token_hex=lambda count: next_key(count).hex(), randbits=lambda _: 77)
-    patch.setattr(simulation, "secrets", secrets)
+    patch.setattr(own_files, "secrets", secrets)
     patch.setattr(Coins, "from_system", classmethod(lambda cls: cls(next_key())))
 
 
