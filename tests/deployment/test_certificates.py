@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -204,6 +205,15 @@ class TestFiles:
     def test_what_is_no_authority(self, certificate: x509.Certificate) -> None:
         with pytest.raises(ConfigError, match="is no authority's certificate"):
             check_authority(certificate, Path("ca.pem"))
+
+    def test_one_that_signed_itself_and_may_issue_nothing(self) -> None:
+        name = x509.Name([x509.NameAttribute(x509.oid.NameOID.ORGANIZATION_NAME, "heart")])
+        builder = x509.CertificateBuilder(name, name, CA_KEY.public_key(), 1, NOW, NOW)
+        plain = builder.sign(CA_KEY, hashes.SHA256())
+        leaf = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
+        for certificate in (plain, leaf.sign(CA_KEY, hashes.SHA256())):
+            with pytest.raises(ConfigError, match="is no authority's certificate"):
+                check_authority(certificate, Path("ca.pem"))
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot be read"):
