@@ -341,8 +341,8 @@ class TestTheProcess:
         process = self.start(federation, serving.port, tmp_path / "log")
         assert process.wait(60) == 2
         lines = (tmp_path / "log").read_text().splitlines()
-        (told,) = [text for text in lines if "error: " in text]
-        assert told.startswith(f"error: control_port = {serving.port}: cannot be listened on")
+        (told,) = [text for text in lines if '"ERROR"' in text]
+        assert f"control_port = {serving.port}: cannot be listened on" in told
 
     def test_a_broken_audit_log(
         self, federation: Federation, free_port: int, tmp_path: Path

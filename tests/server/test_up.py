@@ -127,9 +127,11 @@ def test_two_at_once(ports: tuple[int, int], make_kit: MakeKit, tmp_path: Path) 
 import sys
 from pathlib import Path
 from fedveil.config import FedveilError
+from fedveil.deployment.kit import Kit
 from fedveil.deployment.supervise import Program
 from fedveil.server import up
 stay = "import signal; open({str(ready)!r}, 'w').close(); signal.pause()"
+up.open_kit = Kit.read
 up.programs = lambda kit: [Program("stays", (sys.executable, "-c", stay))]
 try:
     sys.exit(up.up(Path(sys.argv[1])))
