@@ -22,8 +22,9 @@ is ever sent to anybody.
 7. `fedveil site up KIT` takes part. `fedveil-site.service` does so for good, under systemd.
 
 The site opens no port. It reaches $server, ports $fleet_port and $control_port, over TLS, and runs
-only the Fedveil that is installed here. Keep `keys/` and `state/` in your backups, and of the
-ledger the newest copy only: an older one would let budget be spent twice, and it is noticed.
+only the Fedveil that is installed here. Back up `keys/` by itself, and of `state/` the ledger, the
+newest copy only: an older one would let budget be spent twice, and it is noticed. Never back up
+`state/secagg`. How, says docs/operations.md.
 
 A key that was lost or seen by others: `fedveil site keygen KIT --rotate`, then steps 3 and 4 again.
 """)

@@ -17,6 +17,7 @@ from fedveil.client import app as client_module
 from fedveil.client.app import client_app
 from fedveil.client.self_test import ConformanceError, self_test
 from fedveil.client.site import Budget, Site
+from fedveil.client.understanding import understand
 from fedveil.config import Policy, RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.images import Images
@@ -147,7 +148,7 @@ class TestConformance:
         """Of the run's own vector, too: this fault shows in a long one only."""
         config = make_config(privacy={**FAST, "mechanism": "distributed"}).resolved()
         task = task_for(config)
-        understood = client_module.understand(task.config, task.schema)
+        understood = understand(task.config, task.schema)
         client_module._check_conformance(understood)
         real = choose_grid
         monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, h: real(z, c, min(d, 9999), h))

@@ -5,11 +5,12 @@ from typing import Any
 
 from fedveil.client.app import client_app
 from fedveil.client.site import Site
+from fedveil.data_prep.schema import Schema
 from fedveil.flower import Context
 from fedveil.server.simulation.ray_apps import open_site, site_of, with_number
 
 
-def _unreadable() -> Any:  # noqa: ANN401
+def _unreadable(schema: Schema) -> Any:  # noqa: ANN401
     raise RuntimeError("no such records")
 
 
