@@ -104,8 +104,9 @@ class Node:
                         log.info("connected to %s", self._kit.fleet)
                         retry = _FIRST_RETRY
                         self._answer_all(fleet)
-                except (OSError, FedveilError) as error:
+                except Exception as error:
                     log.warning("%s; trying again in %.0f s", told(self._kit, error), retry)
+                    log.debug("its cause", exc_info=True)
                     self._say("connecting", last_error=told(self._kit, error))
                     self._stop.wait(retry)
                     retry = min(_LAST_RETRY, 2 * retry)
@@ -269,7 +270,9 @@ def told(kit: Kit, error: Exception) -> str:
         )
     if isinstance(error, UnreachableError):
         return f"{kit.fleet}: cannot be reached ({error})"
-    return str(error)
+    if isinstance(error, (FedveilError, OSError)):
+        return str(error)
+    return f"{kit.fleet}: sends what cannot be read ({type(error).__name__})"
 
 
 if __name__ == "__main__":

@@ -240,13 +240,13 @@ def note_of(message: Message) -> dict[str, Any]:
     return {name: getattr(about, name) for name in _NOTED}
 
 
-def noted(note: dict[str, Any]) -> Message:
+def noted(note: object) -> Message:
     """A message without its content, as noted before; to be answered with an error.
 
     Raises:
         ValueError: It is no note.
     """
-    if note.keys() != set(_NOTED):
+    if not isinstance(note, dict) or note.keys() != set(_NOTED):
         raise ValueError("note: is none of a message")
     return make_message(Metadata(**note), content=RecordDict())
 

@@ -496,6 +496,7 @@ class TestFaults:
         server = deployed.processes.pop("server")
         server.kill()  # and its programs with it
         server.wait()
+        until("its programs are gone", lambda: not deployed.answers())
         done = len(rounds_of(deployed, run))
         deployed.up("server", 0)
         until("the server answers", deployed.answers)
