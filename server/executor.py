@@ -10,11 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from ..config import ConfigError, FedveilError, RunConfig
+from ..config import FedveilError, RunConfig, load_config
 from ..deployment.kit import Kit, open_kit
 from ..deployment.logs import configure, level_asked
 from ..flower import Context, Grid, RecordDict
@@ -35,7 +35,7 @@ from .superlink import NODES
 log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds between looks at the queue
-_AGAIN = 5.0  # seconds until a SuperLink that was not there is asked again
+_AGAIN = 5.0  # until a SuperLink that was not there is asked again
 
 
 def main(folder: Path) -> int:
@@ -52,50 +52,47 @@ def main(folder: Path) -> int:
         log.error("%s", error)
         return error.exit_code
     log.info("ready")
-    with suppress(_Stopped):
+    with suppress(ServerStopped):
         while not stop.is_set():
-            if not work(kit, Queue(kit.state), address, asks):
-                stop.wait(_LOOK)
+            stop.wait(work(kit, Queue(kit.state), address, asks))
     return 0
 
 
-class _Stopped(BaseException):
+class ServerStopped(BaseException):
     """The process is told to end, in the middle of a run."""
 
 
 def _stop(stop: threading.Event) -> None:
     stop.set()
-    raise _Stopped
+    raise ServerStopped
 
 
-def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> bool:
-    """Runs the oldest queued run to its end; whether there was one.
+def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> float:
+    """Runs the oldest queued run to its end, if there is one.
 
-    A run whose SuperLink is not there stays queued.
+    Returns:
+        Seconds until it is worth to look again. A run whose SuperLink is not there stays queued.
     """
     run_id = queue.next()
     if run_id is None:
-        return False
-    refused = partial(log.warning, "%s")
-    try:
-        with run_at(address, refused) as grid:
-            queue.begun(run_id)
-            log.info("run %s begins", run_id)
-            try:
-                _run(kit, queue, run_id, grid, asks)
-            finally:
-                queue.ended(run_id)
+        return _LOOK
+    with ExitStack() as stack:
+        try:
+            grid = stack.enter_context(run_at(address, partial(log.warning, "%s")))
+        except OSError as error:
+            log.error("run %s waits for the SuperLink: %s", run_id, error)
+            return _AGAIN
+        queue.begun(run_id)
+        log.info("run %s begins", run_id)
+        try:
+            _run(kit, queue, run_id, grid, asks)
+        except Exception as error:
+            log.error("run %s failed: %s", run_id, _cause(error))
+            log.debug("its cause", exc_info=True)
+        finally:
+            queue.ended(run_id)
         log.info("run %s is over", run_id)
-    except RunError as error:
-        log.error("run %s failed: %s", run_id, error)
-    except OSError as error:
-        log.error("run %s waits: SuperLink: %s", run_id, error)
-        threading.Event().wait(_AGAIN)
-    except Exception as error:
-        # Whatever it is, the next run must not wait for a human.
-        log.error("run %s failed: %s: %s", run_id, type(error).__name__, error)
-        log.debug("which nobody foresaw", exc_info=True)
-    return True
+    return 0.0
 
 
 def _run(kit: Kit, queue: Queue, run_id: str, grid: RunGrid, asks: Coordinator) -> None:
@@ -112,36 +109,34 @@ def _run(kit: Kit, queue: Queue, run_id: str, grid: RunGrid, asks: Coordinator) 
         coordinator=lambda _: asks,
         prepare=wait_for_sites,
     )
-    values: dict[str, str | int | float | bool] = {
-        "config": _config_of(folder).model_dump_json(by_alias=True),
+    polled: Grid = PollingGrid(grid, stopped)
+    with folder.locked(resume=True):
+        _, before = folder.events_from(0)
+        try:
+            values = _values(folder, run_id)
+            server_app(setting)(polled, Context(grid.run.run_id, 0, {}, RecordDict(), values))
+        except Exception as error:
+            # A run that fails before its first event must say so as well.
+            events, _ = folder.events_from(before)
+            if not any(event["event"] == "failed" for event in events):
+                told = {"event": "failed", "round": 0, "epsilon": None, "cause": _cause(error)}
+                folder.append(told)
+            raise
+
+
+def _cause(error: Exception) -> str:
+    """Only our own errors have a text that is ours."""
+    return str(error) if isinstance(error, FedveilError) else type(error).__name__
+
+
+def _values(folder: RunFolder, run_id: str) -> dict[str, bool | float | int | str]:
+    """The run configuration of the app."""
+    return {
+        "config": load_config(folder.path / "config.toml").model_dump_json(by_alias=True),
         "schema": (folder.path / "schema.json").read_text(encoding="utf-8"),
         "run-id": run_id,
         "folder": str(folder.path),
     }
-    polled: Grid = PollingGrid(grid, stopped)
-    context = Context(grid.run.run_id, 0, {}, RecordDict(), values)
-    began = folder.path / "events.jsonl"
-    with folder.locked(resume=True):
-        before = began.stat().st_size if began.exists() else 0
-        try:
-            server_app(setting)(polled, context)
-        except Exception as error:
-            # A run that fails before its first event must say so as well.
-            if not _told_failed(folder, before):
-                cause = str(error) if isinstance(error, FedveilError) else type(error).__name__
-                folder.append({"event": "failed", "round": 0, "epsilon": None, "cause": cause})
-            raise
-
-
-def _told_failed(folder: RunFolder, since: int) -> bool:
-    events, _ = folder.events_from(since)
-    return any(event["event"] == "failed" for event in events)
-
-
-def _config_of(folder: RunFolder) -> RunConfig:
-    from ..config import load_config
-
-    return load_config(folder.path / "config.toml")
 
 
 def nodes_of(kit: Kit, folder: RunFolder, config: RunConfig) -> Mapping[int, int]:
@@ -157,7 +152,7 @@ def nodes_of(kit: Kit, folder: RunFolder, config: RunConfig) -> Mapping[int, int
         raise RunError(f"{path}: cannot be read; is the SuperLink up?") from None
     names = list(read_identities(folder.path / IDENTITIES))
     if len(names) != config.federation.sites:
-        raise ConfigError(
+        raise RunError(
             f"federation.sites = {config.federation.sites}: the run was submitted to {len(names)}"
         )
     if gone := [name for name in names if name not in known]:
