@@ -224,7 +224,13 @@ FAULTS: dict[str, tuple[Fault, set[str], tuple[str, ...]]] = {
     "noise of one seed": (noise_of_one_seed, {"correlation of steps"}, ANY),
     "a round without noise": (a_round_without_noise, {"noise of a step"}, ANY),
     "noise in the first round only": (noise_in_the_first_round, {"noise", "zeros"}, ANY),
-    "noise used twice": (noise_of_the_round_before, {"correlation of steps"}, ("local", *WORDS)),
+    "noise used twice": (noise_of_the_round_before, {"correlation of steps"}, WORDS),
+    # Where each step draws twice, a draw and the one before it are of one step.
+    "noise used twice in a step": (
+        noise_of_the_round_before,
+        {"correlation of halves"},
+        ("local",),
+    ),
     "no hook": (no_hook, {"noise", "noise of a step", "zeros"}, ONE_NOISE),
     "both hooks": (both_hooks, {"noise", "noise of a step"}, ONE_NOISE),
     "no noise in the words": (no_noise_in_the_words, {"noise", "zeros"}, WORDS),
@@ -240,7 +246,13 @@ FAULTS: dict[str, tuple[Fault, set[str], tuple[str, ...]]] = {
     "not debited": (a_release_not_debited, {"ledger"}, ("central", "distributed", "site")),
     "one share short": (one_site_with_less_noise, {"share"}, ("distributed",)),
 }
-OF_NOISE = {"noise x 0.98", "noise used twice", "one share short", "not debited"}
+OF_NOISE = {
+    "noise x 0.98",
+    "noise used twice",
+    "noise used twice in a step",
+    "one share short",
+    "not debited",
+}
 PAIRS = [(fault, name) for fault, (_, _, names) in FAULTS.items() for name in names]
 FAST_PAIRS = [
     ("noise x 0.98", "distributed"),
