@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import FedveilError, RunConfig, load_config
+from ..deployment.keys import LINK, read_hex
 from ..deployment.kit import Kit, open_kit
 from ..deployment.logs import configure, level_asked
 from ..flower import Context, Grid, RecordDict
@@ -24,7 +25,6 @@ from .app import Setting, server_app
 from .collect import IDENTITIES
 from .coordinator import Coordinator, read_coordinator
 from .grid import PollingGrid
-from .link_key import link_key
 from .queue import Queue
 from .ready import wait_for_sites
 from .replies import RunError
@@ -46,7 +46,8 @@ def main(folder: Path) -> int:
         signal.signal(number, lambda *_: _stop(stop))
     try:
         kit = open_kit(folder, "server")
-        address = Address(f"127.0.0.1:{kit.about.fleet_port}", kit.ca.read_bytes(), link_key(kit))
+        secret = read_hex(kit.keys / LINK, 32)
+        address = Address(f"127.0.0.1:{kit.about.fleet_port}", kit.ca.read_bytes(), secret)
         asks = read_coordinator(kit.keys / "coordinator.key")
     except FedveilError as error:
         log.error("%s", error)

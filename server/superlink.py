@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, FedveilError
+from ..deployment.keys import LINK, read_hex
 from ..deployment.kit import Kit, open_kit
 from ..deployment.logs import configure, level_asked
 from ..files import replace_file
 from ..flower.link import keep_nodes, node_key
 from ..flower.superlink import deployed_superlink
 from .fence import Scope, fenced, for_sites
-from .link_key import link_key
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def link(kit: Kit) -> tuple[Any, str]:
     Raises:
         ConfigError: The kit's state folder, its key or its roster cannot be used.
     """
-    secret = link_key(kit)
+    secret = read_hex(kit.keys / LINK, 32)
     try:
         kit.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

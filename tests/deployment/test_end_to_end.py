@@ -32,6 +32,7 @@ import fedveil
 from fedveil.api import resolve
 from fedveil.config import ConfigError, RunConfig, load_config
 from fedveil.deployment.control import ControlClient
+from fedveil.deployment.keys import LINK, read_hex
 from fedveil.deployment.kit import Kit
 from fedveil.flower import Message
 from fedveil.flower.fleet import Fleet, RefusedError
@@ -40,7 +41,6 @@ from fedveil.flower.superlink import KEY_HEADER, WithKey
 from fedveil.models.state import read_file
 from fedveil.privacy.noise import Coins
 from fedveil.server.grid import PollingGrid
-from fedveil.server.link_key import link_key
 from fedveil.server.simulation.sites import load_shards
 from fedveil.wire import ADVERTISE, Step, pack
 
@@ -296,7 +296,8 @@ def refusal(deployed: Deployment, member: str, call: str) -> str:
 
 def link_address(deployed: Deployment) -> Address:
     kit = Kit.read(deployed.kits / "server", "server")
-    return Address(f"127.0.0.1:{deployed.fleet_port}", kit.ca.read_bytes(), link_key(kit))
+    secret = read_hex(kit.keys / LINK, 32)
+    return Address(f"127.0.0.1:{deployed.fleet_port}", kit.ca.read_bytes(), secret)
 
 
 @contextmanager
