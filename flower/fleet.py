@@ -51,7 +51,8 @@ ANSWER = TypeVar("ANSWER")
 HEARTBEAT = 10.0
 """Seconds between signs of life, the least that Flower takes; after two of them a site is away."""
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.05, 2.0  # for objects that are still on their way
+WAITS = {"initial_backoff": 0.05, "backoff_cap": 0.5, "max_tries_per_object": None}
+"""For what is still on its way: seconds between two looks, at first and at last."""
 
 
 class UnreachableError(OSError):
@@ -150,12 +151,7 @@ class Fleet:
         confirm = make_confirm_message_received_fn_protobuf(received, self._node, run_id)
         try:
             message: Message = pull_and_inflate_object_from_tree(
-                tree,
-                pull,
-                confirm,
-                return_type=Message,
-                initial_backoff=_FIRST_WAIT,
-                backoff_cap=_LONGEST_WAIT,
+                tree, pull, confirm, return_type=Message, **WAITS
             )
         except ObjectPullError as error:
             raise RefusedError(f"message: {error}") from None

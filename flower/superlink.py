@@ -36,6 +36,8 @@ def _superlink(database: str, secret: bytes | None, *, simulation: bool) -> Any:
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
     from flwr.superlink.main import create_app
 
+    from .middleware import called_directly
+
     config = SuperLinkLifespanConfig(
         control_address="127.0.0.1:0",
         health_server_address=None,
@@ -60,7 +62,7 @@ def _superlink(database: str, secret: bytes | None, *, simulation: bool) -> Any:
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    return called_directly(create_app(config, SuperLinkLifespan))
 
 
 class WithKey:

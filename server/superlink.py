@@ -18,6 +18,7 @@ from ..deployment.logs import configure, level_asked
 from ..files import replace_file
 from ..flower.link import keep_nodes, node_key
 from ..flower.superlink import deployed_superlink
+from ..flower.waiting import Waiting
 from .fence import Scope, fenced, for_sites
 from .link_key import link_key
 
@@ -68,7 +69,7 @@ def serve(kit: Kit, app: Any, key: str) -> None:  # noqa: ANN401
     import uvicorn
 
     config = uvicorn.Config(
-        fenced(app, for_sites(key), tell_refused),
+        fenced(Waiting(app), for_sites(key), tell_refused),
         host="0.0.0.0",  # noqa: S104  sites come from outside; see `for_sites`
         port=kit.about.fleet_port,
         ssl_certfile=str(kit.folder / "certificate.pem"),
