@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +19,13 @@ from cryptography.hazmat.primitives import serialization as to
 from cryptography.hazmat.primitives.asymmetric import ec
 from deployment_ours import Processes, free_ports, until
 
-from fedveil.deployment.certificates import issue, new_authority, new_key
+from fedveil.deployment.certificates import (
+    certificate_pem,
+    issue_server,
+    make_authority,
+    new_key,
+    private_pem,
+)
 
 NODES = 4
 BIN = Path(sys.executable).parent
@@ -36,7 +44,7 @@ shapes = "[[2]]"
 rounds = 1
 out = ""
 """
-_CLIENT = '''
+_CLIENT = """
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -52,8 +60,8 @@ def train(message, context):
         for name, array in message.content["arrays"].items()
     }
     return Message(RecordDict({"arrays": ArrayRecord(found)}), reply_to=message)
-'''
-_SERVER = '''
+"""
+_SERVER = """
 import json
 import time
 from pathlib import Path
@@ -85,7 +93,7 @@ def main(grid, context):
         parts = [reply.content["arrays"] for reply in replies if reply.has_content()]
         with Path(about["out"]).open("a") as out:
             out.write(json.dumps({"seconds": took, "replies": len(parts)}) + "\\n")
-'''
+"""
 
 
 class Plain:
@@ -139,7 +147,12 @@ def plain(poll: float | None = None) -> Iterator[Plain]:
         port, *ports = free_ports(1 + NODES)
         _write_app(folder / "app")
         _write_tls(folder)
-        _write_connection(folder, port)
+        (folder / "home").mkdir()
+        (folder / "home" / "config.toml").write_text(
+            f'[superlink]\ndefault = "peer"\n[superlink.peer]\naddress = "127.0.0.1:{port}"\n'
+            f'root-certificates = "{folder / "tls" / "ca.pem"}"\n',
+            encoding="utf-8",
+        )
         with Processes(folder) as processes:
             _start(processes, folder, env, port, ports)
             yield Plain(folder, env)
@@ -152,9 +165,9 @@ def _start(
     processes.start(
         "superlink",
         (
-            BIN / "flower-superlink", "--host", "127.0.0.1", "--port", port, "--ssl-ca-certfile", tls / "ca.pem",
-            "--ssl-certfile", tls / "server.pem", "--ssl-keyfile", tls / "server.key",
-            "--enable-supernode-auth", "--database", folder / "link.sqlite",
+            BIN / "flower-superlink", "--host", "127.0.0.1", "--port", port, "--ssl-ca-certfile",
+            tls / "ca.pem", "--ssl-certfile", tls / "server.pem", "--ssl-keyfile",
+            tls / "server.key", "--enable-supernode-auth",
             "--disable-runtime-dependency-installation",
         ),
         env,
@@ -170,11 +183,8 @@ def _start(
         )
         until(
             "plain Flower takes a node's key",
-            lambda public=public: _flwr(
-                env, "supernode", "register", str(public), str(folder / "app"), "peer",
-                check=False,
-            ),
-        )  # fmt: skip
+            partial(_flwr, env, "supernode", "register", str(public), "peer", check=False),
+        )
         processes.start(
             f"supernode-{number}",
             (
@@ -194,6 +204,17 @@ def _flwr(env: Mapping[str, str], *arguments: str, check: bool = True) -> bool:
     if check and done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return done.returncode == 0
+
+
+def _write_tls(folder: Path) -> None:
+    (folder / "tls").mkdir()
+    root, key, today = new_key(), new_key(), datetime.now(UTC)
+    authority = make_authority("peer", root, 1, today)
+    names = ("127.0.0.1", "localhost")
+    server = issue_server(authority, root, key.public_key(), names, 1, today)
+    (folder / "tls" / "ca.pem").write_bytes(certificate_pem(authority))
+    (folder / "tls" / "server.pem").write_bytes(certificate_pem(server))
+    (folder / "tls" / "server.key").write_bytes(private_pem(key))
 
 
 def _write_app(folder: Path) -> None:

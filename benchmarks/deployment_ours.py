@@ -10,10 +10,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -101,7 +102,7 @@ class Processes:
                 )
             )  # fmt: skip
 
-    def __enter__(self) -> "Processes":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,15 +110,11 @@ class Processes:
             process.terminate()
         end = time.monotonic() + 20
         for process in self._all:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
         for process in self._all:
-            try:  # whatever is left of the group
+            with suppress(ProcessLookupError):  # whatever is left of the group
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
 
 
@@ -187,8 +184,8 @@ class Deployed:
             if len(found) > len(rounds):
                 rounds = found
                 marks.append(loopback_bytes())
-        until("it is over", lambda: (path.parent / "metrics.json").exists())
-        return rounds, [float(b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        until("it is over", (path.parent / "metrics.json").exists)
+        return rounds, [float(b - a) for a, b in pairwise(marks)]
 
     def _answers(self, name: str) -> list[tuple[str, float]]:
         """Action and seconds of each message that a site has answered."""
@@ -218,12 +215,12 @@ def deployed(config: RunConfig) -> Iterator[Deployed]:
         env = {"FEDVEIL_LOG_LEVEL": "INFO"}
         with Processes(folder) as processes:
             kits = folder / "kits"
-            command = (sys.executable, "-P", "-m", "fedveil", "server", "up", kits / "server")
-            processes.start("server", command, env)
+            python = (sys.executable, "-P")
+            server = (*python, "-m", "fedveil", "server", "up", kits / "server")
+            processes.start("server", server, env)
             for site in SITES:
                 kit = kits / "sites" / site
-                command = (sys.executable, "-P", HERE / "deployment_site.py", "up", kit)
-                processes.start(site, command, env)
+                processes.start(site, (*python, HERE / "deployment_site.py", "up", kit), env)
             until("all sites are connected", lambda: _connected(kits / "server") == len(SITES))
             yield Deployed(folder)
 

@@ -26,10 +26,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    pull_and_inflate_object_from_tree,
-)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -42,7 +39,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from . import Error, Message
-from .fleet import WAITS, UnreachableError, called
+from .fleet import UnreachableError, called, whole
 from .superlink import WithKey, deployed_bundle
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -220,9 +217,7 @@ class RunGrid(HttpGrid):
         pulled = []
         for about, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             try:
-                message = pull_and_inflate_object_from_tree(
-                    tree, pull, confirm, return_type=Message, **WAITS
-                )
+                message = whole(tree, pull, confirm)
             except ObjectPullError:  # the site has begun to send it, and no more
                 empty = message_from_proto(about).metadata
                 message = make_message(empty, error=Error(_NOT_WHOLE, ""))

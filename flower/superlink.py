@@ -34,9 +34,10 @@ def deployed_superlink(database: Path, secret: bytes) -> Any:  # noqa: ANN401
         secret: At least 32 bytes; who takes a task must know it.
     """
     from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import SQLITE_PRAGMAS
 
-    kept = {name: value for name, value in sql_mixin.SQLITE_PRAGMAS if name not in _PRAGMAS}
-    sql_mixin.SQLITE_PRAGMAS = (*_PRAGMAS.items(), *kept.items())  # type: ignore[assignment]
+    kept = [(name, value) for name, value in SQLITE_PRAGMAS if name not in _PRAGMAS]
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (*_PRAGMAS.items(), *kept)
     return _superlink(str(database), secret, simulation=False)
 
 

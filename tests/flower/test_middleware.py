@@ -1,4 +1,4 @@
-"""A SuperLink whose layers are called directly answers as Flower's own: also whoever may not ask."""
+"""A SuperLink whose layers are called directly answers and refuses as Flower's own does."""
 
 import asyncio
 import json
@@ -139,8 +139,8 @@ def test_every_layer_is_still_there(tmp_path: Path) -> None:
 
     app = deployed_superlink(tmp_path / "x.sqlite", b"s" * 32)
     assert len(app.user_middleware) == len(_get_middleware())
-    stack, layers = app.build_middleware_stack(), []
+    stack, layers = app.build_middleware_stack(), list[Any]()
     while (stack := getattr(stack, "app", None) or getattr(stack, "_app", None)) is not None:
         if isinstance(stack, Direct):
-            layers.append(type(stack._layer))  # noqa: SLF001
+            layers.append(type(stack._layer))
     assert layers == [layer.cls for layer in _get_middleware()]

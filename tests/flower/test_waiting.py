@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedveil.flower import waiting
-from fedveil.flower.waiting import LONGEST, Waiting
+from fedveil.flower.waiting import LONGEST, Asgi, Receive, Scope, Send, Waiting
 
 ASK, SEND = "/v1/fleet/pull-messages", "/v1/runtime/push-messages"
 REPLIES, REPLY = "/v1/runtime/pull-messages", "/v1/fleet/push-messages"
@@ -23,7 +23,7 @@ class App:
     letters: list[bytes] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, more = b"", True
         while more:
             message = await receive()
@@ -43,7 +43,7 @@ class App:
 class Call:
     """One request."""
 
-    def __init__(self, app: Any, path: str, *body: bytes) -> None:
+    def __init__(self, app: Asgi, path: str, *body: bytes) -> None:
         self._app, self._path, self._body = app, path, list(body) or [b""]
         self.gone, self.sent = asyncio.Event(), list[Any]()
 
@@ -65,7 +65,7 @@ class Call:
 
 
 async def settled(done: Callable[[], bool]) -> None:
-    while not done():  # noqa: ASYNC110  what is waited for sets no event
+    while not done():
         await asyncio.sleep(0)
 
 
@@ -165,7 +165,7 @@ def test_no_more_than_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(await Call(app, ASK)()) == 2
         await Call(app, SEND, b"letter")()
         await first
-        assert app._held == 0  # noqa: SLF001
+        assert app._held == 0
 
     run(scenario)
 

@@ -112,7 +112,7 @@ class TestPolling:
         clock = Clock()
         words = iter([None, None, "cancelled by an operator"])
         grid = polled(Sites(clock, [None]), clock, lambda: next(words))
-        with pytest.raises(RunError, match="^cancelled by an operator$"):
+        with pytest.raises(RunError, match=r"^cancelled by an operator$"):
             list(grid.send_and_receive(messages(1), timeout=None))
         assert len(clock.slept) == 2
 
