@@ -27,7 +27,7 @@ QUICK_POLL = 0.1  # seconds
 def main() -> None:
     """Every figure in one run."""
     report = start(__doc__ or "")
-    turns, plain_rounds, secure_rounds = (1, 6, 3) if report.quick else (3, 6, 6)
+    turns, plain_rounds, secure_rounds = (1, 6, 3) if report.quick else (2, 6, 6)
     large_rounds = 0 if report.quick else 3
     found: dict[str, list[float]] = {}
 

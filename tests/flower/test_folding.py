@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flwr.common.serde import recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +55,9 @@ def test_what_is_large_may_also_be_text_or_bytes() -> None:
 
 INSIDE = fold(RecordDict({"facts": ConfigRecord({"a": 1})})).config_records["folded"]["folded"]
 
+LONG = RecordDict({"facts": ConfigRecord({"a": b"x" * (2 * LARGEST)})})
+TOO_LONG = recorddict_to_proto(LONG).SerializeToString()
+
 
 @pytest.mark.parametrize(
     "records",
@@ -65,7 +69,7 @@ INSIDE = fold(RecordDict({"facts": ConfigRecord({"a": 1})})).config_records["fol
         {"folded": ConfigRecord({"other": INSIDE})},
         {"folded": ConfigRecord({"folded": INSIDE}), "facts": ConfigRecord({})},
         {"folded": ArrayRecord({"folded": Array(np.zeros(3))})},
-        {"folded": ConfigRecord({"folded": bytes(2 * LARGEST + 1)})},
+        {"folded": ConfigRecord({"folded": TOO_LONG})},
     ],
     ids=["no-protobuf", "text", "number", "empty", "misnamed", "two-records", "array", "too-long"],
 )

@@ -4,7 +4,7 @@ import asyncio
 import json
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,26 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
 
 from fedveil.flower import middleware
 from fedveil.flower.link import keep_nodes
-from fedveil.flower.middleware import WHOLE, Direct
+from fedveil.flower.middleware import WHOLE, Asgi, Direct, Receive, Scope, Send
 from fedveil.flower.superlink import deployed_superlink
 
 PULL = "/v1/fleet/pull-messages"
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # Flower's
 
 
-@dataclass
+@dataclass(frozen=True)
 class Link:
     """A SuperLink in this process, and a site that it knows."""
 
-    app: Any
-    key: ec.EllipticCurvePrivateKey = field(
-        default_factory=lambda: ec.generate_private_key(ec.SECP384R1())
-    )
+    app: Asgi
+    key: ec.EllipticCurvePrivateKey
     node: int = 0
-
-    def __post_init__(self) -> None:
-        self.node, _ = keep_nodes(self.app, {"east": public(self.key)})["east"]
 
     @property
     def question(self) -> bytes:
@@ -68,9 +66,17 @@ class Link:
             "headers": [(name.lower().encode(), value.encode()) for name, value in lines.items()],
             "client": ("127.0.0.1", 1), "server": ("x", 1), "root_path": "", "state": {},
         }  # fmt: skip
-        asyncio.run(self.app(scope, receive, send))
+
+        async def answered() -> None:
+            await self.app(scope, receive, send)
+
+        asyncio.run(answered())
         found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         return sent[0]["status"], found, b"".join(m.get("body", b"") for m in sent[1:])
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP384R1())
 
 
 def public(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -92,7 +98,9 @@ def link(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if request.param != "directly":
             patch.setattr(middleware, "called_directly", lambda app: app)
         app = deployed_superlink(tmp_path_factory.mktemp("link") / "x.sqlite", b"s" * 32)
-    return Link(app)
+    key = new_key()
+    node, _ = keep_nodes(app, {"east": public(key)})["east"]
+    return Link(app, key, node)
 
 
 class TestAnswers:
@@ -104,7 +112,7 @@ class TestAnswers:
             assert headers["content-length"] == "0"
 
     def test_of_a_site_that_nobody_knows(self, link: Link) -> None:
-        stranger = signed(ec.generate_private_key(ec.SECP384R1()))
+        stranger = signed(new_key())
         assert link.asked(PULL, link.question, stranger)[0] == 401
 
     def test_of_nobody_in_particular(self, link: Link) -> None:
@@ -132,6 +140,20 @@ class TestAnswers:
         path, body = "/v1/fleet/pull-object", asked.SerializeToString()
         status, headers, _ = link.asked(path, body, signed(link.key))  # a run that is none
         assert (status, headers["content-type"]) == (500, "application/json")
+
+
+def test_a_layer_and_what_is_behind_it_read_the_same() -> None:
+    class Reader(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+            request.state.read = await request.body()
+            return await call_next(request)
+
+    async def twice(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        await Response(request.state.read + await request.body())(scope, receive, send)
+
+    link = Link(Direct(twice, Reader(twice)), new_key())
+    assert link.asked(PULL, b"letter", {})[2] == b"letterletter"
 
 
 def test_every_layer_is_still_there(tmp_path: Path) -> None:
