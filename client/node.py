@@ -119,9 +119,11 @@ class Node:
         while not self._stop.is_set():
             if fleet.lost.is_set():
                 raise RefusedError("the session is over")
+            asked = time.monotonic()
             message = self._persistently(fleet, fleet.receive)
             if message is None:
-                self._stop.wait(pause(time.monotonic() - last))
+                now = time.monotonic()  # the SuperLink may have kept the question for a while
+                self._stop.wait(max(0.0, pause(now - last) - (now - asked)))
                 continue
             self._keep(_IN_HAND, note_of(message))
             taken = time.monotonic()

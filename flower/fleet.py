@@ -8,6 +8,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -51,7 +52,15 @@ ANSWER = TypeVar("ANSWER")
 HEARTBEAT = 10.0
 """Seconds between signs of life, the least that Flower takes; after two of them a site is away."""
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.05, 2.0  # for objects that are still on their way
+whole = partial(
+    pull_and_inflate_object_from_tree,
+    return_type=Message,
+    initial_backoff=0.05,
+    backoff_cap=0.5,
+    max_tries_per_object=None,
+)
+"""A message with all its parts. Of those on their way, seconds between two looks, first and last;
+the SuperLink says when they will not come any more."""
 
 
 class UnreachableError(OSError):
@@ -149,14 +158,7 @@ class Fleet:
         received = self._called("ConfirmMessageReceived")
         confirm = make_confirm_message_received_fn_protobuf(received, self._node, run_id)
         try:
-            message: Message = pull_and_inflate_object_from_tree(
-                tree,
-                pull,
-                confirm,
-                return_type=Message,
-                initial_backoff=_FIRST_WAIT,
-                backoff_cap=_LONGEST_WAIT,
-            )
+            message = whole(tree, pull, confirm)
         except ObjectPullError as error:
             raise RefusedError(f"message: {error}") from None
         message.metadata.__dict__["_message_id"] = tree.object_id

@@ -1,25 +1,32 @@
 """A deployed SuperLink, as the server's own processes use it: its nodes, and a run's grid."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SubStatus
-from flwr.common.serde import run_from_proto
+from flwr.app.message.message import make_message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode, SubStatus
+from flwr.common.serde import message_from_proto, run_from_proto
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -31,10 +38,12 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from .fleet import UnreachableError, called
+from . import Error, Message
+from .fleet import UnreachableError, called, whole
 from .superlink import WithKey, deployed_bundle
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_NOT_WHOLE = ErrorCode.MESSAGE_UNAVAILABLE
 _BEAT = 10.0  # seconds between a task's signs of life; Flower waits for three times as long
 
 
@@ -196,6 +205,25 @@ class RunGrid(HttpGrid):
         TaskIdentity.node_id = found.context.node_id
         self.set_run(run_from_proto(found.run))
         self._beating.start()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See `Grid`: Flower's own waits a second for what is still on its way."""
+        client, run_id = self._runtime_client, self.run.run_id
+        found = client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        pull = make_pull_object_fn_protobuf(client.PullObject, self.node, run_id)
+        confirm = make_confirm_message_received_fn_protobuf(
+            client.ConfirmMessageReceived, self.node, run_id
+        )
+        pulled = []
+        for about, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            try:
+                message = whole(tree, pull, confirm)
+            except ObjectPullError:  # the site has begun to send it, and no more
+                empty = message_from_proto(about).metadata
+                message = make_message(empty, error=Error(_NOT_WHOLE, ""))
+            message.metadata.__dict__["_message_id"] = tree.object_id
+            pulled.append(message)
+        return pulled
 
     def end(self, status: str) -> None:
         """Tells the SuperLink that the run is over, if it is there."""

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
 KEY_HEADER = "x-fedveil-key"
 """Carries the key of a SuperLink of ours, whose Control API would know no accounts otherwise."""
 
+_PRAGMAS = {
+    "page_size": "16384",  # first: it is settled with the file's first page
+    "wal_autocheckpoint": "8192",  # pages: not after each part of a model, of 5 MB
+    "busy_timeout": "20000",  # ms; less than what whoever asks waits for
+}
+"""For messages of 100 MB and more; Flower's others hold beside them."""
+
 
 def simulating_superlink() -> Any:  # noqa: ANN401
     """A SuperLink for one simulation, as an ASGI app with its state in memory."""
@@ -26,6 +33,11 @@ def deployed_superlink(database: Path, secret: bytes) -> Any:  # noqa: ANN401
         database: Its file.
         secret: At least 32 bytes; who takes a task must know it.
     """
+    from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import SQLITE_PRAGMAS
+
+    kept = [(name, value) for name, value in SQLITE_PRAGMAS if name not in _PRAGMAS]
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (*_PRAGMAS.items(), *kept)
     return _superlink(str(database), secret, simulation=False)
 
 
@@ -35,6 +47,8 @@ def _superlink(database: str, secret: bytes | None, *, simulation: bool) -> Any:
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
     from flwr.superlink.main import create_app
+
+    from .middleware import called_directly
 
     config = SuperLinkLifespanConfig(
         control_address="127.0.0.1:0",
@@ -60,7 +74,7 @@ def _superlink(database: str, secret: bytes | None, *, simulation: bool) -> Any:
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    return called_directly(create_app(config, SuperLinkLifespan))
 
 
 class WithKey:

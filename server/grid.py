@@ -99,12 +99,15 @@ class PollingGrid(Grid):
         while waiting:
             if (why := self._stopped()) is not None:
                 raise RunError(why)
+            asked = self._clock()
             for reply in self.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 replies.append(reply)
-            waited = self._clock() - began
+            now = self._clock()
+            waited = now - began
             if not waiting or (timeout is not None and waited >= timeout):
                 break
             left = pause(waited) if timeout is None else min(pause(waited), timeout - waited)
-            self._sleep(left)
+            if left > now - asked:  # else the SuperLink has kept the question for as long
+                self._sleep(left - (now - asked))
         return replies

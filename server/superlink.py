@@ -20,6 +20,7 @@ from ..deployment.logs import configure, level_asked
 from ..files import replace_file
 from ..flower.link import keep_nodes, node_key
 from ..flower.superlink import deployed_superlink
+from ..flower.waiting import Waiting
 from .fence import Scope, fenced, for_sites
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def serve(kit: Kit, app: Any, key: str, listening: socket.socket) -> None:  # no
     import uvicorn
 
     config = uvicorn.Config(
-        fenced(app, for_sites(key), tell_refused),
+        fenced(Waiting(app), for_sites(key), tell_refused),
         ssl_certfile=str(kit.folder / "certificate.pem"),
         ssl_keyfile=str(kit.keys / "server.key"),
         ssl_version=ssl.PROTOCOL_TLS_SERVER,
