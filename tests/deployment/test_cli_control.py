@@ -192,6 +192,25 @@ class TestWatch:
             (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
         return run_id
 
+    def test_one_that_waits_for_an_owner(
+        self, call: Call, kit: Path, queued: Queued, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_id = queued()
+        held, away = {"site": 3, "reason": "not approved"}, {"site": 1, "reason": "is away"}
+        events = [
+            {"event": {"event": "waiting", "waiting": [away, held], "refused": []}},
+            {"event": {"event": "waiting", "waiting": [held], "refused": [away]}},
+        ]
+        ended = {"end": {"state": "cancelled", "cause": None}}
+        told = [
+            "waits for site 1: is away", "waits for site 3: not approved",
+            "site 1 refuses: is away",
+        ]  # fmt: skip
+        for state, expected in (("running", told), ("failed", [])):
+            messages = iter([{"state": {"run_id": run_id, "state": state}}, *events, ended])
+            monkeypatch.setattr("fedveil.deployment.watching.watch", lambda *_, m=messages: m)
+            assert call("runs", "watch", run_id, "--kit", kit).err.splitlines()[1:-1] == expected
+
     def test_one_that_failed(self, call: Call, kit: Path, failed: str) -> None:
         result = call("runs", "watch", failed, "--kit", kit)
         assert result.code == 1
