@@ -114,7 +114,7 @@ class TestSubmit:
     def test_not_by_an_auditor(self, call: Call, federation: Federation, config: Path) -> None:
         folder = federation.kit("ada").folder
         said = line(call("submit", config, "--kit", folder), 2)
-        assert "is the kit of auditor ada; give one of a operator" in said
+        assert "is the kit of auditor ada; give one of an operator" in said
 
 
 class TestWrongKits:
@@ -152,6 +152,20 @@ class TestWrongKits:
     def test_not_whole(self, call: Call, kit: Path, name: str) -> None:
         (kit / name).unlink()
         assert Path(name).name in line(call("runs", "list", "--kit", kit), 2)
+
+    @pytest.mark.parametrize("name", ["certificate.pem", "keys/control.key"])
+    @pytest.mark.parametrize("content", [b"", b"garbage\n"])
+    def test_what_grpc_would_choke_on(
+        self, call: Call, kit: Path, name: str, content: bytes
+    ) -> None:
+        (kit / name).write_bytes(content)
+        said = line(call("runs", "list", "--kit", kit), 2)
+        assert f"{Path(name).name}: holds no" in said
+
+    def test_another_s_certificate(self, call: Call, kit: Path, federation: Federation) -> None:
+        other = federation.kit("ada").folder / "certificate.pem"
+        (kit / "certificate.pem").write_bytes(other.read_bytes())
+        assert "is the certificate of auditor ada" in line(call("runs", "list", "--kit", kit), 2)
 
     def test_no_kit_is_a_wrong_call(self, call: Call) -> None:
         assert "--kit" in line(call("runs", "watch", "0" * 16), 2)
