@@ -61,16 +61,33 @@ def _followed(kit: "Kit", run_id: str) -> dict[str, Any]:
     def told(text: str) -> None:
         typer.echo(text, err=True)
 
+    state, waited = "", list[str]()
     with progress() as observe:
         for message in watch(kit, run_id, told):
-            if "event" in message:
+            if "event" in message and message["event"]["event"] == "waiting":
+                # Each has all that are waited for; of a run that is over it is long past.
+                lines = list(_waited_for(message["event"]))
+                for line in lines:
+                    if state == "running" and line not in waited:
+                        told(line)
+                waited = lines
+            elif "event" in message:
                 observe(message["event"])
             elif "state" in message:
+                state = message["state"]["state"]
                 told(_standing(message["state"]))
             elif "end" in message:
                 found: dict[str, Any] = message["end"]
                 return found
     return {}
+
+
+def _waited_for(event: dict[str, Any]) -> Iterator[str]:
+    """Why a run has not begun: what its sites said when they were asked whether they are ready."""
+    for one in event["waiting"]:
+        yield f"waits for site {one['site']}: {one['reason']}"
+    for one in event["refused"]:
+        yield f"site {one['site']} refuses: {one['reason']}"
 
 
 def _standing(summary: dict[str, Any]) -> str:

@@ -95,9 +95,9 @@ def fetch(
 
 def _change(method: str, run: str, kit: Path, done: str, *, as_json: bool) -> None:
     from ..deployment.control import ControlClient
-    from ..deployment.kit import Kit
+    from ..deployment.kit import open_kit
 
-    with ControlClient(Kit.read(kit, "operator")) as client:
+    with ControlClient(open_kit(kit, "operator")) as client:
         answer = client.call(method, {"run": run})
     if as_json:
         typer.echo(json.dumps(answer))

@@ -34,14 +34,16 @@ def make_keys(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make the site's keys; prints the request that the authority is to sign."""
-    from ..deployment.keygen import keygen
+    """Make the site's keys and the request that the authority is to sign; tells its fingerprint."""
+    from ..deployment.keygen import keygen, request_fingerprint
 
     request = keygen(kit, rotate)
+    told = request_fingerprint(request)
     if as_json:
-        typer.echo(json.dumps({"request": str(request)}))
+        typer.echo(json.dumps({"request": str(request), "fingerprint": told}))
         return
     typer.echo(f"{request}: send it to the federation's authority; nothing in it is secret")
+    typer.echo(f"its fingerprint, which you read to them by telephone, is {told}")
 
 
 @app.command("up")

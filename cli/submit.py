@@ -23,9 +23,9 @@ def submit(
 ) -> None:
     """Hand a run to a federation's server, where it waits for its turn."""
     from ..config import load_config, parse_setting
-    from ..deployment.kit import Kit
+    from ..deployment.kit import open_kit
 
-    opened = Kit.read(kit, "operator")
+    opened = open_kit(kit, "operator")
     loaded = load_config(config, dict(parse_setting(text) for text in settings or []))
     from ..api import resolve
     from ..data_prep.schema import schema_to_json

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Self
 from pydantic import Field
 
 from ..config import ConfigError, FedveilError, Options, read_toml
-from .kit import Kit, KitRole
+from .kit import Kit, KitRole, open_kit
 from .roster import Role
 
 Message = dict[str, Any]
@@ -143,13 +143,14 @@ def member_kit(folder: Path) -> Kit:
     """Opens the kit of one who looks at runs: an operator's or an auditor's.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or not whole: of a key that is none gRPC would say so in many
+            lines of its own, or end the process.
     """
     role: KitRole = "operator"
     path = folder / "kit.toml"
     if path.is_file() and read_toml(path).get("role") == "auditor":
         role = "auditor"
-    return Kit.read(folder, role)
+    return open_kit(folder, role)
 
 
 class ControlClient:

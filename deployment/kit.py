@@ -104,7 +104,8 @@ class Kit:
         about = validated_in(path, KitFile, read_toml(path))
         if about.role != role:
             raise ConfigError(
-                f"{folder}: is the kit of {about.role} {about.name}; give one of a {role}"
+                f"{folder}: is the kit of {about.role} {about.name}; give one of "
+                f"{'an' if role in {'operator', 'auditor'} else 'a'} {role}"
             )
         return cls(folder.resolve(), about)
 

@@ -55,6 +55,44 @@ def fenced(
     return fence
 
 
+def bounded(app: Asgi, longest: int) -> Asgi:
+    """Answers 413 to a request whose body is longer than this, and reads no more of it.
+
+    Flower reads all of a body before it looks at who sent it: anybody could fill the memory.
+
+    Args:
+        app: What stands behind.
+        longest: Bytes that a body may have.
+    """
+
+    async def bound(scope: Scope, receive: Receive, send: Send) -> None:
+        read, answered = 0, False
+
+        async def counted() -> Scope:
+            nonlocal read, answered
+            message = {"type": "http.disconnect"} if answered else await receive()
+            read += len(message.get("body", b""))
+            if read <= longest or answered:
+                return message
+            answered = True
+            close = [(b"connection", b"close")]
+            await send({"type": "http.response.start", "status": 413, "headers": close})
+            await send({"type": "http.response.body", "body": b""})
+            return {"type": "http.disconnect"}
+
+        async def unless_answered(message: Scope) -> None:
+            if not answered:
+                await send(message)
+
+        try:
+            await app(scope, counted, unless_answered)
+        except Exception:
+            if not answered:  # else it only says that its caller has gone
+                raise
+
+    return bound
+
+
 def has_key(scope: Scope, key: str) -> bool:
     """Whether a request carries a SuperLink's key."""
     given = dict(scope["headers"]).get(KEY_HEADER.encode(), b"")

@@ -21,12 +21,15 @@ from ..files import replace_file
 from ..flower.link import keep_nodes, node_key
 from ..flower.superlink import deployed_superlink
 from ..flower.waiting import Waiting
-from .fence import Scope, fenced, for_sites
+from .fence import Scope, bounded, fenced, for_sites
 
 log = logging.getLogger(__name__)
 
 NODES = "nodes.json"
 """Which sites are known and connected, in the server's state folder; kept by the SuperLink."""
+
+LONGEST = 32 << 20
+"""Bytes of a request: Flower sends arrays in parts of 5 MiB."""
 
 _DATABASE = "superlink.sqlite"
 _LOOK = 1.0  # seconds between looks at the roster and at who is connected
@@ -90,7 +93,7 @@ def serve(kit: Kit, app: Any, key: str, listening: socket.socket) -> None:  # no
     import uvicorn
 
     config = uvicorn.Config(
-        fenced(Waiting(app), for_sites(key), tell_refused),
+        fenced(bounded(Waiting(app), LONGEST), for_sites(key), tell_refused),
         ssl_certfile=str(kit.folder / "certificate.pem"),
         ssl_keyfile=str(kit.keys / "server.key"),
         ssl_version=ssl.PROTOCOL_TLS_SERVER,
@@ -98,6 +101,7 @@ def serve(kit: Kit, app: Any, key: str, listening: socket.socket) -> None:  # no
         access_log=False,
         proxy_headers=False,  # a header must not say who is local
         server_header=False,
+        ws="none",
         timeout_graceful_shutdown=5,
     )
     uvicorn.Server(config).run(sockets=[listening])

@@ -39,8 +39,8 @@ def test_from_the_file_to_a_site_that_opens(
         "kits/server", "kits/sites/north", "kits/sites/south", "kits/sites/west",
         "kits/operators/boss", "kits/auditors/judge",
     ]  # fmt: skip
-    request = keygen(Path("kits/sites/north"))
-    shown = request_fingerprint(request)
+    told = facts(call("site", "keygen", "kits/sites/north", "--json"))
+    request, shown = told["request"], told["fingerprint"]
     options = ("--expect", shown, "-o", "kits/sites/north/answer.json", "--json")
     signed = facts(call("provision", "sign", "kits", request, *options))
     assert signed["name"] == "north"
@@ -56,6 +56,13 @@ def test_what_people_are_told(call: Call, kits: Path, homes: Path) -> None:
     assert request_fingerprint(request) in told
     assert "compare it with the site by telephone" in told
     assert "put it into the server's kit where that is elsewhere" in told
+
+
+def test_the_site_is_told_what_to_read_out(call: Call, kits: Path) -> None:
+    file, telephone = call("site", "keygen", kits / "sites" / "south").out.splitlines()
+    request, shown = file.partition(":")[0], telephone.rpartition(" ")[2]
+    options = ("--request", request, "--expect", shown)
+    assert call("provision", "rotate", kits, "south", *options).code == 0
 
 
 def test_later_changes(call: Call, kits: Path, homes: Path) -> None:

@@ -195,22 +195,6 @@ class TestStatus:
 class TestKeysAndUp:
     """Thin over what others hold: what they are given, and what is printed of it."""
 
-    def test_keygen(self, call: Call, site_kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[Path, bool]] = []
-        module = ModuleType("fedveil.deployment.keygen")
-
-        def keygen(folder: Path, rotate: bool = False) -> Path:
-            asked.append((folder, rotate))
-            return folder / "request.json"
-
-        module.keygen = keygen  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "fedveil.deployment.keygen", module)
-        request = str(site_kit.folder / "request.json")
-        assert call("site", "keygen", site_kit.folder).out.startswith(f"{request}: send it to")
-        found = call("site", "keygen", site_kit.folder, "--rotate", "--json")
-        assert json.loads(found.out) == {"request": request}
-        assert asked == [(site_kit.folder, False), (site_kit.folder, True)]
-
     @pytest.mark.parametrize("code", [0, 2])
     def test_up(
         self, call: Call, site_kit: Kit, monkeypatch: pytest.MonkeyPatch, code: int

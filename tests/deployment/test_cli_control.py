@@ -114,7 +114,7 @@ class TestSubmit:
     def test_not_by_an_auditor(self, call: Call, federation: Federation, config: Path) -> None:
         folder = federation.kit("ada").folder
         said = line(call("submit", config, "--kit", folder), 2)
-        assert "is the kit of auditor ada; give one of a operator" in said
+        assert "is the kit of auditor ada; give one of an operator" in said
 
 
 class TestWrongKits:
@@ -152,6 +152,20 @@ class TestWrongKits:
     def test_not_whole(self, call: Call, kit: Path, name: str) -> None:
         (kit / name).unlink()
         assert Path(name).name in line(call("runs", "list", "--kit", kit), 2)
+
+    @pytest.mark.parametrize("name", ["certificate.pem", "keys/control.key"])
+    @pytest.mark.parametrize("content", [b"", b"garbage\n"])
+    def test_what_grpc_would_choke_on(
+        self, call: Call, kit: Path, name: str, content: bytes
+    ) -> None:
+        (kit / name).write_bytes(content)
+        said = line(call("runs", "list", "--kit", kit), 2)
+        assert f"{Path(name).name}: holds no" in said
+
+    def test_another_s_certificate(self, call: Call, kit: Path, federation: Federation) -> None:
+        other = federation.kit("ada").folder / "certificate.pem"
+        (kit / "certificate.pem").write_bytes(other.read_bytes())
+        assert "is the certificate of auditor ada" in line(call("runs", "list", "--kit", kit), 2)
 
     def test_no_kit_is_a_wrong_call(self, call: Call) -> None:
         assert "--kit" in line(call("runs", "watch", "0" * 16), 2)
@@ -191,6 +205,25 @@ class TestWatch:
             event = {"event": "failed", "round": 0, "cause": "no site answers"}
             (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
         return run_id
+
+    def test_one_that_waits_for_an_owner(
+        self, call: Call, kit: Path, queued: Queued, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_id = queued()
+        held, away = {"site": 3, "reason": "not approved"}, {"site": 1, "reason": "is away"}
+        events = [
+            {"event": {"event": "waiting", "waiting": [away, held], "refused": []}},
+            {"event": {"event": "waiting", "waiting": [held], "refused": [away]}},
+        ]
+        ended = {"end": {"state": "cancelled", "cause": None}}
+        told = [
+            "waits for site 1: is away", "waits for site 3: not approved",
+            "site 1 refuses: is away",
+        ]  # fmt: skip
+        for state, expected in (("running", told), ("failed", [])):
+            messages = iter([{"state": {"run_id": run_id, "state": state}}, *events, ended])
+            monkeypatch.setattr("fedveil.deployment.watching.watch", lambda *_, m=messages: m)
+            assert call("runs", "watch", run_id, "--kit", kit).err.splitlines()[1:-1] == expected
 
     def test_one_that_failed(self, call: Call, kit: Path, failed: str) -> None:
         result = call("runs", "watch", failed, "--kit", kit)

@@ -79,7 +79,7 @@ class TestWhole:
 class TestWrongKit:
     def test_of_another_role(self, kits: Path, north: Path) -> None:
         refused(kits / "server", "is the kit of server server; give one of a site")
-        refused(north, "is the kit of site north; give one of a operator", "operator")
+        refused(north, "is the kit of site north; give one of an operator", "operator")
 
     def test_none(self, tmp_path: Path) -> None:
         refused(tmp_path, "is no kit; give the folder that holds kit.toml")

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from fedveil.flower.superlink import KEY_HEADER
-from fedveil.server.fence import Asgi, Scope, Send, fenced, for_one_process, for_sites
+from fedveil.server.fence import (
+    Asgi,
+    Receive,
+    Scope,
+    Send,
+    bounded,
+    fenced,
+    for_one_process,
+    for_sites,
+)
 
 KEY = "5d" * 32
 HEADER = KEY_HEADER.encode()
@@ -139,3 +148,40 @@ class TestForSites:
     @pytest.mark.parametrize("status", [200, 307, 500])
     def test_other_answers_are_not(self, status: int) -> None:
         assert passed(for_sites(KEY), request("/v1/fleet/activate-node"), status) == (status, [])
+
+
+class TestBounded:
+    """A body of 64 MiB, in parts of 1 MiB, and how many of them are read."""
+
+    @pytest.mark.parametrize(("longest", "status", "read"), [(64, 200, 64), (10, 413, 11)])
+    def test_no_more_is_read_than_may_come(self, longest: int, status: int, read: int) -> None:
+        parts = [{"type": "http.request", "body": bytes(1 << 20), "more_body": True}] * 63
+        last = {"type": "http.request", "body": bytes(1 << 20), "more_body": False}
+        waiting, sent = iter([*parts, last]), list[Scope]()
+        taken = 0
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            while (message := await receive())["type"] != "http.disconnect":
+                if not message["more_body"]:
+                    await send({"type": "http.response.start", "status": 200})
+                    return
+            raise ConnectionError("the caller has gone")
+
+        async def receive() -> Scope:
+            nonlocal taken
+            taken += 1
+            return next(waiting)
+
+        async def send(message: Scope) -> None:
+            sent.append(message)
+
+        asyncio.run(_call(bounded(app, longest << 20), request("/"), receive, send))
+        assert [one["status"] for one in sent if "status" in one] == [status]
+        assert taken == read
+
+    def test_a_fault_behind_it_is_no_silence(self) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(_call(bounded(app, 1), request("/"), None, None))
