@@ -133,6 +133,7 @@ class Site:
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
         self._records: Records | None = None
+        self._run = ""
         self._about: tuple[Any, ...] = ()
 
     @property
@@ -251,7 +252,10 @@ class Site:
         ledger, asked = self._budget.ledger, order(run_id, terms, self._budget.dataset_id, plan)
         ledger.check_head(known)
         split = self._split_terms(config, schema)
-        return ledger.debit(asked, self._budget.lifetime, split, releases)
+        head = ledger.debit(asked, self._budget.lifetime, split, releases)
+        if run_id != self._run:  # who has been taken out of the records since is out of this run
+            self._run, self._records = run_id, None
+        return head
 
     def fail(self) -> None:
         """Notes that its records made it fail, for its owner's eyes: the server learns nothing."""
