@@ -81,12 +81,14 @@ class Budget:
         dataset_id: The account: the owner's own, stable name of the data.
         lifetime: Limits over all runs.
         origin: What else decides which records are this site's; it may not change either.
+        noted: Is told of the ledger's head after each debit, to keep it apart from the ledger.
     """
 
     ledger: Ledger
     dataset_id: str
     lifetime: Lifetime
     origin: Mapping[str, Any] = field(default_factory=dict)
+    noted: Callable[[Head], None] = lambda _: None
 
 
 class Site:
@@ -253,6 +255,7 @@ class Site:
         ledger.check_head(known)
         split = self._split_terms(config, schema)
         head = ledger.debit(asked, self._budget.lifetime, split, releases)
+        self._budget.noted(head)
         if run_id != self._run:  # who has been taken out of the records since is out of this run
             self._run, self._records = run_id, None
         return head
