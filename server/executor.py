@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def main(folder: Path) -> int:
     configure("executor", level_asked())
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: _stop(stop))
+        signal.signal(number, lambda *_: stop.set())
     try:
         kit = open_kit(folder, "server")
         address = Address(f"127.0.0.1:{kit.about.fleet_port}", kit.ca.read_bytes(), link_key(kit))
@@ -52,24 +51,16 @@ def main(folder: Path) -> int:
         log.error("%s", error)
         return error.exit_code
     log.info("ready")
-    with suppress(_Stopped):
-        while not stop.is_set():
-            if not work(kit, Queue(kit.state), address, asks):
-                stop.wait(_LOOK)
+    while not stop.is_set():
+        if not work(kit, Queue(kit.state), address, asks, stop):
+            stop.wait(_LOOK)
     return 0
 
 
-class _Stopped(BaseException):
-    """The process is told to end, in the middle of a run."""
-
-
-def _stop(stop: threading.Event) -> None:
-    stop.set()
-    raise _Stopped
-
-
-def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> bool:
-    """Runs the oldest queued run to its end; whether there was one.
+def work(
+    kit: Kit, queue: Queue, address: Address, asks: Coordinator, stop: threading.Event
+) -> bool:
+    """Runs the oldest queued run to its end, or until it is told to stop; whether there was one.
 
     A run whose SuperLink is not there stays queued.
     """
@@ -82,7 +73,7 @@ def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> bool:
             queue.begun(run_id)
             log.info("run %s begins", run_id)
             try:
-                _run(kit, queue, run_id, grid, asks)
+                _run(kit, queue, run_id, grid, asks, stop)
             finally:
                 queue.ended(run_id)
         log.info("run %s is over", run_id)
@@ -90,7 +81,7 @@ def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> bool:
         log.error("run %s failed: %s", run_id, error)
     except OSError as error:
         log.error("run %s waits: SuperLink: %s", run_id, error)
-        threading.Event().wait(_AGAIN)
+        stop.wait(_AGAIN)
     except Exception as error:
         # Whatever it is, the next run must not wait for a human.
         log.error("run %s failed: %s: %s", run_id, type(error).__name__, error)
@@ -98,10 +89,19 @@ def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> bool:
     return True
 
 
-def _run(kit: Kit, queue: Queue, run_id: str, grid: RunGrid, asks: Coordinator) -> None:
+def _run(
+    kit: Kit,
+    queue: Queue,
+    run_id: str,
+    grid: RunGrid,
+    asks: Coordinator,
+    stop: threading.Event,
+) -> None:
     folder = RunFolder(queue.path(run_id))
 
     def stopped() -> str | None:
+        if stop.is_set():
+            return f"the server was stopped; `fedveil runs resume {run_id}` goes on with it"
         if queue.cancelled(run_id):
             return "cancelled by an operator"
         return "the SuperLink counts it as over" if grid.lost.is_set() else None
