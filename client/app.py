@@ -113,7 +113,9 @@ def _answer(
         site.accept(asked)
         known = Head(*task.ledger)
         site.admit(task.run_id, terms, known, asked, run.config, run.schema, run.priced)
-        return work(task, run, site)
+        reply = work(task, run, site)
+        site.check_pause()  # again: a round may take long, and what was sent cannot be taken back
+        return reply
     except Exception as error:
         # What fails before anything is opened rests on what was sent.
         code = Refusal.CONFIGURATION if run is None else code_of(error)

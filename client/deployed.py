@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..config import ConfigError, SiteFile, read_site
@@ -133,7 +134,9 @@ def open_deployed(kit: Kit, coins: Coins) -> Site:
         kit.name,
         lambda schema: modality(schema).read(data, schema, file.columns),
         split_key,
-        Budget(ledger, file.policy.dataset_id, lifetime_of(file.policy)),
+        Budget(
+            ledger, file.policy.dataset_id, lifetime_of(file.policy), noted=partial(note_head, own)
+        ),
         coins,
         kit.state / "records",
         SecureSite(kit.name, keys, floor_of(file.policy)),
@@ -187,8 +190,9 @@ def _check_member(name: str, identity: bytes, roster: Roster) -> None:
 def open_ledger(own: Own) -> tuple[Ledger, bytes]:
     """A site's ledger, which is made once, and the key of its split.
 
-    Formal guarantee: a site that was open before opens no ledger that lacks an entry which it had
-    when it was opened last. It assumes that nobody puts the keys folder back along with it.
+    Formal guarantee: a site opens no ledger that lacks a debit which it answered for, or an entry
+    which the ledger had when it was opened last. It assumes that nobody puts the keys folder back
+    along with it.
 
     Raises:
         LedgerError: It was lost, rolled back, exchanged or damaged.
@@ -205,21 +209,29 @@ def open_ledger(own: Own) -> tuple[Ledger, bytes]:
                 f"{own.ledger}: is the ledger of {opened['site']}"
                 f"{', SIMULATED' if opened['simulated'] else ''}; put {own.kit.name}'s own there"
             )
-        head = books.head
-        replace_file(own.witness, f"{head.number}:{head.hash}\n".encode(), 0o600)
-    except OSError as error:
-        ledger.close()
-        raise UnavailableError(
-            f"{own.witness}: cannot be written ({error.strerror}); check its folder and the disk"
-        ) from None
+        note_head(own, books.head)
     except BaseException:
         ledger.close()
         raise
     return ledger, key
 
 
+def note_head(own: Own, head: Head) -> None:
+    """Writes the ledger's head down beside the keys.
+
+    Raises:
+        UnavailableError: The disk refuses.
+    """
+    try:
+        replace_file(own.witness, f"{head.number}:{head.hash}\n".encode(), 0o600)
+    except OSError as error:
+        raise UnavailableError(
+            f"{own.witness}: cannot be written ({error.strerror}); check its folder and the disk"
+        ) from None
+
+
 def read_witness(own: Own) -> Head:
-    """The ledger's head when it was opened last; an empty one before the first time.
+    """The ledger's head as the site saw it last; an empty one before the first time.
 
     Raises:
         UnavailableError: It cannot be read.

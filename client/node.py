@@ -23,7 +23,7 @@ from ..config import ConfigError, FedveilError
 from ..deployment.control import ControlClient, our_version
 from ..deployment.control import UnreachableError as NoControlError
 from ..deployment.kit import Kit, open_kit
-from ..deployment.logs import configure, level_asked
+from ..deployment.logs import configure, level_asked, scrubbed
 from ..files import replace_file
 from ..flower import ClientApp, Context, Message, RecordDict, set_identity
 from ..flower.fleet import (
@@ -171,11 +171,11 @@ class Node:
         """
         if run_id not in self._known:
             found = self._persistently(fleet, lambda: fleet.bundle(run_id))
-            self._known[run_id] = found == bundle_hash(deployed_bundle())
-            if self._known[run_id]:
-                self._take_roster()
+            if ours := found == bundle_hash(deployed_bundle()):
+                self._take_roster()  # before it is known: what refuses once refuses again
             else:
                 log.error("refused run %d: it was started with a bundle of its own", run_id)
+            self._known[run_id] = ours
         return self._known[run_id]
 
     def _persistently(self, fleet: Fleet, call: Callable[[], Any]) -> Any:  # noqa: ANN401
@@ -272,9 +272,7 @@ def told(kit: Kit, error: Exception) -> str:
         )
     if isinstance(error, UnreachableError):
         return f"{kit.fleet}: cannot be reached ({error})"
-    if isinstance(error, (FedveilError, OSError)):
-        return str(error)
-    return f"{kit.fleet}: sends what cannot be read ({type(error).__name__})"
+    return str(error) if isinstance(error, (FedveilError, OSError)) else scrubbed(error)
 
 
 if __name__ == "__main__":

@@ -125,8 +125,13 @@ class SecureSite:
             )
 
     def pin(self, pinned: Mapping[str, bytes]) -> None:
-        """Trusts others from now on; a run that is open keeps those that it began with."""
+        """Trusts others from now on, in a run that is open, too.
+
+        Who was revoked, or has another identity, is refused at the next round or epoch.
+        """
         with self._lock:
+            if not self.keys.pinned.items() <= pinned.items():  # else some only joined
+                self.close()  # taken up again by the next message, with these
             self.keys = replace(self.keys, pinned=dict(pinned))
 
     def close(self) -> None:

@@ -81,12 +81,14 @@ class Budget:
         dataset_id: The account: the owner's own, stable name of the data.
         lifetime: Limits over all runs.
         origin: What else decides which records are this site's; it may not change either.
+        noted: Is told of the ledger's head after each debit, to keep it apart from the ledger.
     """
 
     ledger: Ledger
     dataset_id: str
     lifetime: Lifetime
     origin: Mapping[str, Any] = field(default_factory=dict)
+    noted: Callable[[Head], None] = lambda _: None
 
 
 class Site:
@@ -133,6 +135,7 @@ class Site:
         self._read, self._split_key, self._folder = read, split_key, folder
         self._budget = budget
         self._records: Records | None = None
+        self._run = ""
         self._about: tuple[Any, ...] = ()
 
     @property
@@ -251,7 +254,11 @@ class Site:
         ledger, asked = self._budget.ledger, order(run_id, terms, self._budget.dataset_id, plan)
         ledger.check_head(known)
         split = self._split_terms(config, schema)
-        return ledger.debit(asked, self._budget.lifetime, split, releases)
+        head = ledger.debit(asked, self._budget.lifetime, split, releases)
+        self._budget.noted(head)
+        if run_id != self._run:  # who has been taken out of the records since is out of this run
+            self._run, self._records = run_id, None
+        return head
 
     def fail(self) -> None:
         """Notes that its records made it fail, for its owner's eyes: the server learns nothing."""

@@ -199,7 +199,7 @@ class Kit:
         """The newest roster in the kit.
 
         Raises:
-            ConfigError: There is none, or one is not this federation's.
+            ConfigError: There is none, one is not this federation's, or two of one version differ.
         """
         found = []
         if self.roster.exists():
@@ -210,7 +210,13 @@ class Kit:
             found.append(self._checked(data, self.answer))
         if not found:
             raise ConfigError(f"{self.roster}: is missing; put the authority's there")
-        return max(found, key=lambda roster: roster.version)
+        newest = max(found, key=lambda roster: roster.version)
+        if any(one.version == newest.version and one != newest for one in found):
+            raise ConfigError(
+                f"{self.roster}: has other members than {self.answer.name}, both as version "
+                f"{newest.version}; ask the authority for a newer one"
+            )
+        return newest
 
     def keep_roster(self, data: bytes) -> Roster:
         """Takes a newer roster into the kit.

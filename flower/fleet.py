@@ -62,6 +62,8 @@ whole = partial(
 """A message with all its parts. Of those on their way, seconds between two looks, first and last;
 the SuperLink says when they will not come any more."""
 
+_LEAST_TTL = 1.0
+
 
 class UnreachableError(OSError):
     """The server cannot be reached, or is not ready: it may be later."""
@@ -171,6 +173,7 @@ class Fleet:
             UnreachableError: The server is not there.
             RefusedError: It does not take it: the run is over, or the message too old.
         """
+        _keep_in_time(message)
         message.metadata.__dict__["_message_id"] = message.object_id
         with no_object_id_recompute():
             empty = remove_content_from_message(message)
@@ -229,6 +232,21 @@ def called(method: Callable[[Any], ANSWER], asked: Any) -> ANSWER:  # noqa: ANN4
         if code in {502, 503, 504}:
             raise UnreachableError(f"HTTP {code}") from None
         raise RefusedError(f"HTTP {code}") from None
+    except (httpx.HTTPError, ValueError) as error:  # such as of a body that cannot be read
+        raise RefusedError(f"{type(error).__name__}: is no answer") from None
+
+
+def _keep_in_time(reply: Message) -> None:
+    """Lets the server alone say whether a reply comes too late.
+
+    By the clock of a site that is ahead its time may be over already, and Flower would drop it
+    without a word. When it is over by the server's clock stays as it was.
+    """
+    about = reply.metadata
+    if about.ttl < _LEAST_TTL:
+        ends = about.created_at + about.ttl
+        about.__dict__["_created_at"] = ends - _LEAST_TTL
+        about.ttl = _LEAST_TTL
 
 
 def error_reply(message: Message) -> Message:

@@ -87,6 +87,7 @@ class ControlPlane:
         self._lock = threading.Lock()
         self._streams: Counter[str] = Counter()
         self._known: set[tuple[str, str, int]] = set()
+        self._refused: set[tuple[str, ...]] = set()
 
     def unary(self, name: str) -> Callable[[bytes, Any], bytes]:
         """The handler of a method with one answer."""
@@ -145,8 +146,19 @@ class ControlPlane:
         """Notes how a call ended that came to nothing, and tells the caller."""
         log.warning("%s of %s: %s", call[2], call[0], outcome)
         with suppress(FedveilError):
-            self.audit_log.append(*call, outcome)
+            if call[1] or self._is_new((*call, outcome)):
+                self.audit_log.append(*call, outcome)
         _abort(context, error)
+
+    def _is_new(self, refusal: tuple[str, ...]) -> bool:
+        """Whether one who is no member is refused so for the first time.
+
+        A site that was revoked asks on and on; it must not fill the log, which is never cut.
+        """
+        with self._lock:
+            known = refusal in self._refused
+            self._refused.add(refusal)
+        return not known
 
     def _note(self, member: Member, name: str, about: str) -> None:
         """An entry before anything is done; what a site asks every minute is noted once."""

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def main(folder: Path) -> int:
     configure("executor", level_asked())
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: _stop(stop))
+        signal.signal(number, lambda *_: stop.set())
     try:
         kit = open_kit(folder, "server")
         secret = read_hex(kit.keys / LINK, 32)
@@ -53,23 +53,15 @@ def main(folder: Path) -> int:
         log.error("%s", error)
         return error.exit_code
     log.info("ready")
-    with suppress(ServerStopped):
-        while not stop.is_set():
-            stop.wait(work(kit, Queue(kit.state), address, asks))
+    while not stop.is_set():
+        stop.wait(work(kit, Queue(kit.state), address, asks, stop))
     return 0
 
 
-class ServerStopped(BaseException):
-    """The process is told to end, in the middle of a run."""
-
-
-def _stop(stop: threading.Event) -> None:
-    stop.set()
-    raise ServerStopped
-
-
-def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> float:
-    """Runs the oldest queued run to its end, if there is one.
+def work(
+    kit: Kit, queue: Queue, address: Address, asks: Coordinator, stop: threading.Event
+) -> float:
+    """Runs the oldest queued run to its end or until `stop` is set, if there is one.
 
     Returns:
         Seconds until it is worth to look again. A run whose SuperLink is not there stays queued.
@@ -86,7 +78,7 @@ def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> float:
         queue.begun(run_id)
         log.info("run %s begins", run_id)
         try:
-            _run(kit, queue, run_id, grid, asks)
+            _run(kit, queue, run_id, grid, asks, stop)
         except Exception as error:
             log.error("run %s failed: %s", run_id, _cause(error))
             log.debug("its cause", exc_info=True)
@@ -96,10 +88,19 @@ def work(kit: Kit, queue: Queue, address: Address, asks: Coordinator) -> float:
     return 0.0
 
 
-def _run(kit: Kit, queue: Queue, run_id: str, grid: RunGrid, asks: Coordinator) -> None:
+def _run(
+    kit: Kit,
+    queue: Queue,
+    run_id: str,
+    grid: RunGrid,
+    asks: Coordinator,
+    stop: threading.Event,
+) -> None:
     folder = RunFolder(queue.path(run_id))
 
     def stopped() -> str | None:
+        if stop.is_set():
+            return f"the server was stopped; `fedveil runs resume {run_id}` goes on with it"
         if queue.cancelled(run_id):
             return "cancelled by an operator"
         return "the SuperLink counts it as over" if grid.lost.is_set() else None

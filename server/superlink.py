@@ -16,12 +16,14 @@ from typing import Any
 from ..config import ConfigError, FedveilError
 from ..deployment.keys import LINK, read_hex
 from ..deployment.kit import Kit, open_kit
-from ..deployment.logs import configure, level_asked
+from ..deployment.logs import configure, level_asked, scrubbed
+from ..deployment.roster import Roster
 from ..files import replace_file
 from ..flower.link import keep_nodes, node_key
 from ..flower.superlink import deployed_superlink
 from ..flower.waiting import Waiting
 from .fence import Scope, bounded, fenced, for_sites
+from .gate import Gate
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +44,12 @@ def main(folder: Path) -> int:
         kit = open_kit(folder, "server")
         listening = listen(kit.about.fleet_port)
         app, key = link(kit)
+        gate = Gate(kit)
     except FedveilError as error:
         log.error("%s", error)
         return error.exit_code
     stop = threading.Event()
-    watching = threading.Thread(target=watch, args=(kit, app, stop), daemon=True)
+    watching = threading.Thread(target=watch, args=(kit, gate, app, stop), daemon=True)
     watching.start()
     serve(kit, app, key, listening)
     stop.set()
@@ -65,7 +68,7 @@ def link(kit: Kit) -> tuple[Any, str]:
     except OSError as error:
         raise ConfigError(f"{kit.state}: cannot be made ({error.strerror})") from None
     app = deployed_superlink(kit.state / _DATABASE, secret)
-    keep_roster(kit, app)
+    keep_roster(kit.read_roster(), app)
     return app, secret.hex()
 
 
@@ -114,30 +117,40 @@ def tell_refused(scope: Scope, status: int) -> None:
     log.warning("refused %s from %s: HTTP %d", path, client[0], status)
 
 
-def watch(kit: Kit, app: Any, stop: threading.Event) -> None:  # noqa: ANN401
-    """Follows the roster, and notes who is connected, until it is stopped."""
+def watch(kit: Kit, gate: Gate, app: Any, stop: threading.Event) -> None:  # noqa: ANN401
+    """Follows the roster, and notes who is connected, until it is stopped.
+
+    A roster that is damaged, or older than what was there, changes nothing: a key that was taken
+    off does not come back.
+    """
     before: dict[str, Any] = {}
+    told = ""
     while True:
         try:
-            found = keep_roster(kit, app)
-        except (FedveilError, OSError, ValueError) as error:
-            log.error("%s", error)
-        else:
+            roster = gate.roster()
+            found = keep_roster(roster, app)
             before = _noted(kit, before, found)
+            lost = ", ".join(site.name for site in roster.sites if site.name not in found)
+            trouble = f"{lost}: a key that was taken off before, have it rotated" if lost else ""
+        except Exception as error:  # noqa: BLE001  such as of a locked database: it goes on
+            trouble = scrubbed(error)
+        if trouble and trouble != told:
+            log.error("sites are not as the roster has them: %s", trouble)
+        told = trouble
         if stop.wait(_LOOK):
             return
 
 
-def keep_roster(kit: Kit, app: Any) -> dict[str, tuple[int, bool]]:  # noqa: ANN401
-    """Makes a SuperLink know the roster's sites and no others.
+def keep_roster(roster: Roster, app: Any) -> dict[str, tuple[int, bool]]:  # noqa: ANN401
+    """Makes a SuperLink know a roster's sites and no others.
 
     Returns:
-        Node and whether it is connected, by the site's name.
+        Node and whether it is connected, by the site's name; none of a key that was taken off.
 
     Raises:
-        ConfigError: The roster cannot be used.
+        ValueError: A node's key is none.
     """
-    return keep_nodes(app, {site.name: node_key(site.node) for site in kit.read_roster().sites})
+    return keep_nodes(app, {site.name: node_key(site.node) for site in roster.sites})
 
 
 def _noted(kit: Kit, before: dict[str, Any], found: dict[str, tuple[int, bool]]) -> dict[str, Any]:

@@ -121,6 +121,22 @@ class TestASite:
         )
         assert (int(number), digest.strip()) == head
 
+    def test_reads_its_records_anew_for_each_run(
+        self, site_kit: Kit, opened: Opened, config: RunConfig
+    ) -> None:
+        def count() -> int:
+            records = site.records(config, schema())
+            return sum(len(side.batch.y) for side in (records.training, records.holdout))
+
+        site = opened()
+        site_kit.write("records.csv", "age,sex\n" + "30,1\n" * 20)
+        debit(site, config)
+        assert count() == 20
+        site_kit.write("records.csv", "age,sex\n" + "30,1\n" * 12)  # some were withdrawn
+        assert count() == 20  # a run has the records that it began with
+        debit(site, config, "run-b")
+        assert count() == 12
+
 
 class TestItsFile:
     @pytest.mark.parametrize(
@@ -195,8 +211,7 @@ class TestALostLedger:
         shutil.copy(path, kept)
         site = opened()
         debit(site, config)
-        site.close()
-        opened().close()  # it saw that entry
+        site.close()  # it is not opened in between: the debit itself is noted
         for left in path.parent.glob("ledger.sqlite*"):
             left.unlink()
         shutil.copy(kept, path)

@@ -281,6 +281,23 @@ class TestItGoesOn:
         assert len(found.sessions) == len(found.replies) == 1
 
 
+def test_a_roster_that_is_refused_keeps_its_run_out(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for the first message only."""
+    real, calls = FakeControl.call, list[int]()
+
+    def call(*given: Any) -> dict[str, Any]:  # noqa: ANN401
+        calls.append(1)
+        if len(calls) > 1:  # the first is the session's own
+            raise ConfigError("roster: version 1 is not above 2")
+        return real(*given)
+
+    monkeypatch.setattr(FakeControl, "call", call)
+    found = serve(message("a"), message("b"), message("c"))
+    assert [reply.has_error() for reply in found.replies] == [True] * 3
+
+
 class TestAKilledProcess:
     def test_what_it_had_in_hand_is_answered_with_an_error(
         self, serve: Serve, site_kit: HasKit

@@ -376,6 +376,19 @@ class TestAPause:
         resume(ask.state)
         assert ask.take_part(ask.signed(round_of(config, 2))) is None
 
+    def test_holds_back_what_was_computed_while_it_came(
+        self, ask: Asked, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compute = client_module.parts_of
+
+        def slow(*given: Any) -> Any:  # noqa: ANN401
+            parts = compute(*given)
+            pause(ask.state)
+            return parts
+
+        monkeypatch.setattr(client_module, "parts_of", slow)
+        assert ask.take_part(ask.signed(round_of(config))) is Refusal.PAUSED
+
     @pytest.mark.parametrize("action", [ADVERTISE, DEAL, CONFIRM, UNMASK])
     def test_steps_of_a_secure_sum_too(self, ask: Asked, action: str) -> None:
         pause(ask.state)

@@ -35,6 +35,7 @@ from fedveil.privacy.secagg.errors import (
     StaleEpochError,
     StateInUseError,
     SwappedIdentityError,
+    UnknownSiteError,
 )
 from fedveil.privacy.secagg.keys import Identity
 from fedveil.privacy.secagg.messages import Advertisement, Confirmation, Deal, Unmasking
@@ -192,6 +193,18 @@ class TestWhereItsStateIs:
         keys = [set(decode(Advertisement, body).masks) for body in (one, two)]
         assert not keys[0] & keys[1]
         assert sites.answer("a", ADVERTISE, SETUP) == one
+
+    def test_who_is_revoked_is_out_of_a_run_that_is_open(self, sites: Sites) -> None:
+        sites.set_up()
+        site = sites.sites["a"]
+        site.pin(PINNED | {"d": bytes(32)})
+        assert site._open  # who joins disturbs nobody
+        site.pin(PINNED | {"c": bytes(32)})
+        with pytest.raises(SwappedIdentityError):
+            sites.answer("a", ADVERTISE, replace(SETUP, epoch=1))
+        site.pin({name: key for name, key in PINNED.items() if name != "c"})
+        with pytest.raises(UnknownSiteError):
+            sites.answer("a", ADVERTISE, replace(SETUP, epoch=1))
 
     @pytest.mark.parametrize("run", ["", "../b", "a/b", "a\nb", "a" * 65, ".hidden/../x", "é"])
     def test_a_run_s_name_is_no_path(self, sites: Sites, run: str) -> None:

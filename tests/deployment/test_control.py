@@ -188,6 +188,16 @@ class TestRevocation:
             with pytest.raises(ConfigError, match="version 1, it had 2"):
                 one.call("list")
 
+    def test_who_is_revoked_does_not_fill_the_audit_log(
+        self, federation: Federation, client: Client
+    ) -> None:
+        olga = client("olga")
+        federation.write_roster(2, gone=("olga",))
+        for method in ("list", "status", "list", "status"):
+            with pytest.raises(ConfigError, match="is not in the roster"):
+                olga.call(method)
+        assert [entry["call"] for entry in federation.log()] == ["list", "status"]
+
     def test_a_roster_of_another_authority(
         self, federation: Federation, client: Client, pairs: Pairs
     ) -> None:

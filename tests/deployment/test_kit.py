@@ -279,6 +279,16 @@ class TestRosters:
         (north / "roster.json").write_bytes(self.signed(kit, authority_key, version=99))
         assert kit.read_roster().version == 99
 
+    def test_two_of_one_version_that_differ_are_refused(
+        self, north: Path, authority_key: ec.EllipticCurvePrivateKey
+    ) -> None:
+        """As an authority signs that was put back to an older copy of itself."""
+        kit = Kit.read(north, "site")
+        members = kit.read_roster().members[:-1]
+        (north / "roster.json").write_bytes(self.signed(kit, authority_key, members=members))
+        with pytest.raises(ConfigError, match="has other members than answer.json, both as"):
+            kit.read_roster()
+
     def test_a_newer_one_is_kept(self, kits: Path, north: Path) -> None:
         kit = open_kit(north, "site")
         roster = revoke(kits, "west")

@@ -1,6 +1,7 @@
 """The executor: what it takes, what it leaves, and that no run ends without a word."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ class World:
     def __init__(self, kit: Kit, config: RunConfig, patch: pytest.MonkeyPatch) -> None:
         self.kit, self.config = kit, config
         self.queue = Queue(kit.state)
-        self.away, self.begun = False, 0
+        self.away, self.begun, self.stop = False, 0, threading.Event()
         self.write_nodes(NODES)
         patch.setattr(executor, "run_at", self._run_at)
         self._patch = patch
@@ -51,7 +52,7 @@ class World:
     def work(self, app: App) -> float:
         self._patch.setattr(executor, "server_app", lambda _: app)
         nobody: Any = None
-        return work(self.kit, self.queue, nobody, nobody)
+        return work(self.kit, self.queue, nobody, nobody, self.stop)
 
     @contextmanager
     def _run_at(self, *_: object) -> Iterator[Any]:
@@ -167,6 +168,25 @@ def test_a_cancelled_run_stops(world: World, monkeypatch: pytest.MonkeyPatch) ->
     world.work(app)
     assert "cancelled by an operator" in world.events(run)[-1]["cause"]
     assert world.queue.summary(run).state == "cancelled"
+
+
+def test_a_run_of_a_server_that_is_stopped_says_so_and_may_go_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[Callable[[], str | None]] = []
+    monkeypatch.setattr(executor, "PollingGrid", lambda _, why: stopped.append(why))
+
+    def app(grid: object, context: object) -> None:
+        world.stop.set()
+        raise RunError(str(stopped[0]()))
+
+    run = world.submit()
+    world.work(app)
+    summary = world.queue.summary(run)
+    cause = f"the server was stopped; `fedveil runs resume {run}` goes on with it"
+    assert (summary.state, summary.cause) == ("failed", cause)
+    world.queue.resume(run, "olga")
+    assert world.queue.next() == run
 
 
 class TestNodes:
