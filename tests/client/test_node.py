@@ -29,7 +29,7 @@ class FakeFleet:
         self.sessions = 0
 
     @contextmanager
-    def session(self, before: int) -> Iterator[int]:
+    def session(self, _: int) -> Iterator[int]:
         self.sessions += 1
         yield self.node_id
 
@@ -44,7 +44,7 @@ class FakeFleet:
     def reply(self, message: Message) -> None:
         self.replies.append(message)
 
-    def bundle(self, run_id: int) -> str:
+    def bundle(self, _: int) -> str:
         return bundle_hash(deployed_bundle())
 
 
@@ -61,7 +61,7 @@ def serve(site_kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeF
         fleet = FakeFleet(script, stop)
         monkeypatch.setattr(node_module, "Fleet", lambda *_: fleet)
         monkeypatch.setattr(Node, "_take_roster", lambda _: take_roster())
-        monkeypatch.setattr(Node, "_called", lambda _, message, context: message)
+        monkeypatch.setattr(Node, "_called", lambda _, message, __: message)
         Node(site_kit.kit, object(), stop).serve()  # type: ignore[arg-type]
         return fleet
 

@@ -1,4 +1,4 @@
-"""The executor and a run that it has; the SuperLink is a fake, the run's app only asks the sites."""
+"""The executor and a run that it has; the SuperLink is a fake, the run's app only asks."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -26,11 +26,11 @@ class SilentGrid:
         self._asked = asked
         self.run, self.lost = SimpleNamespace(run_id=1), threading.Event()
 
-    def push_messages(self, messages: object) -> list[str]:
+    def push_messages(self, _: object) -> list[str]:
         self._asked()
         return ["a"]
 
-    def pull_messages(self, numbers: object) -> list[Any]:
+    def pull_messages(self, _: object) -> list[Any]:
         return []
 
 
@@ -46,7 +46,10 @@ def test_a_run_of_a_server_that_is_stopped_says_so_and_may_go_on(
         yield SilentGrid(stop.set)
 
     def app(_: object) -> Callable[[Grid, object], None]:
-        return lambda grid, context: grid.send_and_receive([]) and None
+        def ask(grid: Grid, _: object) -> None:
+            grid.send_and_receive([])
+
+        return ask
 
     monkeypatch.setattr(executor, "run_at", run_at)
     monkeypatch.setattr(executor, "server_app", app)

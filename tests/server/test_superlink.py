@@ -34,7 +34,7 @@ def watched(server: Kit, gate: Gate, app: object, looks: list[Look]) -> None:
     """Does these things, a look at the roster after each."""
 
     class Stop(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
+        def wait(self, _: float | None = None) -> bool:
             if not looks:
                 return True
             looks.pop(0)()
@@ -78,6 +78,7 @@ def test_a_key_that_was_taken_off_is_told(
     app, _ = link(server)
     gate = Gate(server)
     watched(server, gate, app, [lambda: revoke(kits, "west")])
+
     def back() -> None:
         add(kits, "west", "site")
         sign(kits, homes / "west" / "request.json")
