@@ -113,9 +113,7 @@ def _answer(
         site.accept(asked)
         known = Head(*task.ledger)
         site.admit(task.run_id, terms, known, asked, run.config, run.schema, run.priced)
-        reply = work(task, run, site)
-        site.check_pause()  # again: a round may take long, and what was sent cannot be taken back
-        return reply
+        return work(task, run, site)
     except Exception as error:
         # What fails before anything is opened rests on what was sent.
         code = Refusal.CONFIGURATION if run is None else code_of(error)
@@ -127,7 +125,9 @@ def _answer(
 
 def _work(task: Task, run: Understood, site: Site) -> Update:
     with site.secure.party(task.run_id) if run.priced.numbers else nullcontext() as party:
-        return _take_part(task, run, site, party)
+        update = _take_part(task, run, site, party)
+    site.check_pause()  # again: a round may take long, and what was sent cannot be taken back
+    return update
 
 
 def _be_ready(task: Task, run: Understood, site: Site) -> Step:

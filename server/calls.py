@@ -39,7 +39,7 @@ class Stream:
         check: Refuses a caller who was revoked since.
         poll: Seconds between two looks.
         heartbeat: Seconds after which silence is broken.
-        patience: Seconds that an interrupted run may take to be taken up again.
+        patience: Seconds that somebody has to resume an interrupted run, before a watch ends.
     """
 
     wait: Callable[[float], bool]
@@ -146,7 +146,7 @@ def watch(queue: Queue, run_id: str, offset: int, stream: Stream) -> Iterator[Me
             offset, spoke = end, time.monotonic()
         if state is None:
             found = queue.summary(run_id)
-            # One whose process was killed is taken up again when the server's processes are.
+            # One whose process was killed goes on if an operator resumes it.
             late = time.monotonic() - stopped >= stream.patience
             if found.state in _ENDED or (found.state == "interrupted" and late):
                 yield {"end": asdict(found)}

@@ -46,16 +46,16 @@ def test_a_clock_that_is_ahead_costs_no_reply(
     about.__dict__["_created_at"] -= ahead  # as a site sees it whose clock is ahead
     sent: list[Any] = []
 
-    class Stop(Exception): ...
+    class StopError(Exception): ...
 
     def call(_: Fleet, method: object, request: Any) -> None:  # noqa: ANN401
         sent.append(request)
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr(Fleet, "_call", call)
     fleet = object.__new__(Fleet)
     fleet._client, fleet._node = type("Client", (), {"PushMessages": None})(), None
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         fleet.reply(error_reply(asked))
     found = sent[0].messages_list[0].metadata
     assert found.ttl >= 1.0

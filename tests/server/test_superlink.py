@@ -34,7 +34,7 @@ def watched(server: Kit, gate: Gate, app: object, looks: list[Look]) -> None:
     """Does these things, a look at the roster after each."""
 
     class Stop(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
+        def wait(self, _: float | None = None) -> bool:
             if not looks:
                 return True
             looks.pop(0)()
