@@ -6,8 +6,9 @@ Flower's own asks every three seconds, which is most of a short round.
 import time
 from collections.abc import Callable, Iterable
 
-from ..flower import FlowerRun, Grid, Message, RecordDict
+from ..flower import Grid, Message, RecordDict
 from ..flower.folding import fold, unfold
+from ..flower.wrapped import WrappedGrid
 from .replies import RunError
 
 SOON, LATER, SHARE = 0.03, 1.0, 0.05
@@ -19,7 +20,7 @@ def pause(waited: float) -> float:
     return min(LATER, max(SOON, SHARE * waited))
 
 
-class PollingGrid(Grid):
+class PollingGrid(WrappedGrid):
     """Another grid, polled; it ends with an error once nobody wants the run any more."""
 
     def __init__(
@@ -37,31 +38,8 @@ class PollingGrid(Grid):
             sleep: Waits for so many seconds.
             clock: Seconds.
         """
-        self._grid, self._stopped, self._sleep, self._clock = grid, stopped, sleep, clock
-
-    def set_run(self, run: FlowerRun) -> None:
-        """See `Grid`."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> FlowerRun:
-        """See `Grid`."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `Grid`."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """See `Grid`."""
-        return self._grid.get_node_ids()
+        super().__init__(grid)
+        self._stopped, self._sleep, self._clock = stopped, sleep, clock
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid`; small ones are folded."""

@@ -4,7 +4,8 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ...flower import FlowerRun, Grid, Message, RecordDict
+from ...flower import Grid, Message, RecordDict
+from ...flower.wrapped import WrappedGrid
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def passed_on(crossing: Crossing) -> Message | None:
     return crossing.message
 
 
-class RecordingGrid(Grid):
+class RecordingGrid(WrappedGrid):
     """Passes everything on to another grid and back, and keeps a copy of each message.
 
     It sees what a server or a relay sees. For a test it may alter or lose what passes.
@@ -49,32 +50,9 @@ class RecordingGrid(Grid):
 
     def __init__(self, grid: Grid, alter: Alter = passed_on) -> None:
         """Around a grid."""
+        super().__init__(grid)
         self.crossings: list[Crossing] = []
-        self._grid, self._alter = grid, alter
-
-    def set_run(self, run: FlowerRun) -> None:
-        """See `Grid`."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> FlowerRun:
-        """See `Grid`."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `Grid`."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """See `Grid`."""
-        return self._grid.get_node_ids()
+        self._alter = alter
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid`; what is lost on its way has no id."""
