@@ -18,6 +18,7 @@ from fedveil.client.app import client_app
 from fedveil.client.approvals import approve, is_approved, pause, pending, resume
 from fedveil.client.deployed import open_deployed
 from fedveil.client.understanding import terms_of, understand
+from fedveil.client.work import parts_of
 from fedveil.config import RunConfig
 from fedveil.data_prep import run_schema
 from fedveil.data_prep.schema import parse_schema, schema_to_json
@@ -379,7 +380,7 @@ class TestAPause:
     def test_holds_back_what_was_computed_while_it_came(
         self, ask: Asked, config: RunConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        compute = client_module.parts_of
+        compute = parts_of
 
         def slow(*given: Any) -> Any:  # noqa: ANN401
             parts = compute(*given)

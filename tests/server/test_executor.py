@@ -16,6 +16,7 @@ from fedveil.deployment.kit import Kit
 from fedveil.flower.fleet import UnreachableError
 from fedveil.server import executor
 from fedveil.server.executor import nodes_of, work
+from fedveil.server.grid import PollingGrid
 from fedveil.server.queue import Queue
 from fedveil.server.replies import RunError
 from fedveil.server.store import RunFolder
@@ -150,7 +151,7 @@ def test_an_earlier_failure_does_not_stand_for_a_later_one(world: World) -> None
 
 def test_a_cancelled_run_stops(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped: list[Callable[[], str | None]] = []
-    real = executor.PollingGrid
+    real = PollingGrid
 
     def watched(grid: Any, why: Callable[[], str | None]) -> Any:  # noqa: ANN401
         stopped.append(why)
