@@ -109,6 +109,12 @@ class Node:
                     self._say("connecting", last_error=told(self._kit, error))
                     self._stop.wait(retry)
                     retry = min(_LAST_RETRY, 2 * retry)
+                except Exception as error:  # whatever a server sends ends no site
+                    log.error("the connection failed: %s", type(error).__name__)
+                    log.debug("its cause", exc_info=True)
+                    self._say("connecting", last_error=f"failed: {type(error).__name__}")
+                    self._stop.wait(retry)
+                    retry = min(_LAST_RETRY, 2 * retry)
         self._say("stopped")
 
     def _answer_all(self, fleet: Fleet) -> None:
@@ -212,8 +218,11 @@ class Node:
         except NoControlError as error:
             log.warning("control plane: %s", error)
             return
+        sent = found.get("roster")
+        if not isinstance(sent, str):
+            raise FedveilError(f"{self._kit.control}: sent no roster; ask the server's operator")
         before = self._kit.read_roster().version
-        roster = self._kit.keep_roster(found["roster"].encode())
+        roster = self._kit.keep_roster(sent.encode(errors="replace"))
         if roster.version != before:
             names = ", ".join(site.name for site in roster.sites)
             log.warning("roster %d is in force: %s", roster.version, names)

@@ -157,8 +157,12 @@ class Fleet:
                 initial_backoff=_FIRST_WAIT,
                 backoff_cap=_LONGEST_WAIT,
             )
+        except OSError:
+            raise
         except ObjectPullError as error:
             raise RefusedError(f"message: {error}") from None
+        except Exception as error:  # noqa: BLE001  objects that make no message fail anyhow
+            raise RefusedError(f"message: is none ({type(error).__name__})") from None
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
@@ -227,6 +231,8 @@ def called(method: Callable[[Any], ANSWER], asked: Any) -> ANSWER:  # noqa: ANN4
         if code in {502, 503, 504}:
             raise UnreachableError(f"HTTP {code}") from None
         raise RefusedError(f"HTTP {code}") from None
+    except ValueError:  # of Flower's client: an answer that cannot be read
+        raise RefusedError("what it answered is no answer") from None
 
 
 def error_reply(message: Message) -> Message:
