@@ -215,8 +215,11 @@ class Node:
         except NoControlError as error:
             log.warning("control plane: %s", error)
             return
+        sent = found.get("roster")
+        if not isinstance(sent, str):
+            raise FedveilError(f"{self._kit.control}: sent no roster; ask the server's operator")
         before = self._kit.read_roster().version
-        roster = self._kit.keep_roster(found["roster"].encode())
+        roster = self._kit.keep_roster(sent.encode(errors="replace"))
         if roster.version != before:
             names = ", ".join(site.name for site in roster.sites)
             log.warning("roster %d is in force: %s", roster.version, names)

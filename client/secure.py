@@ -98,6 +98,8 @@ class SecureSite:
             SecAggError: The site refuses.
         """
         if action == END:  # whoever asks for it: it gives nothing away, and ends what is open
+            if not self._is_known(step.run_id):
+                return Step(step.run_id, b"")  # nothing to erase, and no file to make for it
             with self.party(step.run_id) as party:
                 party.end_epoch()
             return Step(step.run_id, b"")
@@ -140,13 +142,18 @@ class SecureSite:
             vault.close()
         self._open.clear()
 
+    def _is_known(self, run_id: str) -> bool:
+        return run_id in self._open or self._path(run_id).exists()
+
+    def _path(self, run_id: str) -> Path:
+        check_name(run_id)
+        return self.keys.folder / f"{run_id}.state"
+
     def _taken_up(self, run_id: str) -> Party:
         if run_id not in self._open:
             self.close()  # one run at a time
-            check_name(run_id)
-            keys = self.keys
+            path, keys = self._path(run_id), self.keys
             keys.folder.mkdir(parents=True, exist_ok=True)
-            path = keys.folder / f"{run_id}.state"
             vault = Vault(path, keys.vault, self.name, run_id, durable=keys.durable)
             try:
                 party = Party(self.name, run_id, keys.identity, keys.pinned, vault, self._floor)

@@ -24,6 +24,7 @@ LEVEL = "FEDVEIL_LOG_LEVEL"
 
 _OTHERS = ("flwr", "flwr-telemetry", "uvicorn", "uvicorn.access", "uvicorn.error", "httpx", "grpc")
 _RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_LONGEST = 2000  # letters of a message
 _FIRST = ("time", "level", "process", "message")
 
 Fields = Mapping[str, object]
@@ -185,6 +186,12 @@ def _ignored(hdlr: logging.Handler) -> None:
 
 
 def _message(record: logging.LogRecord, *, whole: bool) -> str:
+    text = _formatted(record, whole=whole)
+    # What others sent may be long, and would fill the disk.
+    return text if len(text) <= _LONGEST or whole else f"{text[:_LONGEST]}..."
+
+
+def _formatted(record: logging.LogRecord, *, whole: bool) -> str:
     given, text = record.args, str(record.msg)
     if not given:
         return text

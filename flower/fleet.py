@@ -161,8 +161,12 @@ class Fleet:
         confirm = make_confirm_message_received_fn_protobuf(received, self._node, run_id)
         try:
             message = whole(tree, pull, confirm)
+        except OSError:
+            raise
         except ObjectPullError as error:
             raise RefusedError(f"message: {error}") from None
+        except Exception as error:  # noqa: BLE001  objects that make no message fail anyhow
+            raise RefusedError(f"message: is none ({type(error).__name__})") from None
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 

@@ -405,6 +405,14 @@ class TestAPause:
         pause(ask.state)
         assert ask.step(END) == Step("run-a", b"")
 
+    def test_which_makes_no_file_for_a_run_that_nobody_knows(self, ask: Asked) -> None:
+        for number in range(3):
+            content = pack(Step(f"run-{number}", b""))
+            assert read_answer(ask.message(content, END)) == Step(f"run-{number}", b"")
+        refused = read_answer(ask.message(pack(Step("../run-a", b"")), END))
+        assert isinstance(refused, Refused)
+        assert not list((ask.state / "secagg").glob("*"))
+
     def test_whoever_may_not_ask_is_not_told_of_it(self, ask: Asked, config: RunConfig) -> None:
         pause(ask.state)
         assert ask.ready(question(config)) is Refusal.COORDINATOR

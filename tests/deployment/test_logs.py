@@ -110,6 +110,15 @@ class TestTheForm:
         logging.getLogger("fedveil").info("%d of %d", "x")  # noqa: PLE1206
         assert [line["message"] for line in lines(capsys)] == ["%d of %d"]
 
+    def test_what_others_sent_does_not_fill_the_disk(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        configure("node")
+        logging.getLogger("fedveil.x").error("refused run %s", "x" * 3_000_000)
+        line = capsys.readouterr().err
+        assert json.loads(line)["message"].startswith("refused run xxx")
+        assert len(line) < 3000
+
     def test_on_a_terminal_it_is_plain(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
