@@ -18,6 +18,8 @@ from .control import Message
 
 _FILE = re.compile(r"(checkpoint/)?[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)+", re.ASCII)
 """No folder but one, no dot at the start, no `..`."""
+_SAID = {"state", "cause"}
+"""What is told of a fetched run."""
 
 
 def refuse_taken(out: Path) -> None:
@@ -70,7 +72,9 @@ def _receive(messages: Iterator[Message], draft: Path) -> Message:
     files = 0
     for message in messages:
         if "run" in message:
-            summary = dict(message["run"])
+            if not isinstance(message["run"], dict) or not message["run"].keys() >= _SAID:
+                break
+            summary = message["run"]
         elif "file" in message:
             _receive_file(str(message["file"]), messages, draft)
             files += 1

@@ -17,7 +17,9 @@ from .rounds import Observer
 HELD = (Refusal.APPROVAL, Refusal.PAUSED)
 """Refusals that a site's owner may take back at any time."""
 AWAY = "is not connected"
-_AGAIN = 2.0  # seconds between questions
+_AGAIN, _LONG_AGAIN, _SHARE = 2.0, 30.0, 0.05
+"""Between two questions is this share of the wait so far, within these seconds: a run may wait for
+days, and each question is a line in a site's log."""
 _ANSWER = 120.0  # seconds that an answer may take: a site may test its mechanism first
 
 
@@ -78,10 +80,11 @@ def wait_for_sites(
         if not found.waiting:
             return
         held = any(why != AWAY for why in found.waiting.values())
-        late = clock() - began > config.federation.patience
+        waited = clock() - began
+        late = waited > config.federation.patience
         if len(found.ready) >= least and late and not held:
             return
-        sleep(_AGAIN)
+        sleep(min(_LONG_AGAIN, max(_AGAIN, _SHARE * waited)))
 
 
 def _ask(channel: Channel, found: Readiness) -> None:

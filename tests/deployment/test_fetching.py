@@ -15,7 +15,7 @@ DATA = b"some bytes"
 CHUNK = {"chunk": base64.b64encode(DATA).decode()}
 END = {"sha256": sha256(DATA).hexdigest(), "size": len(DATA)}
 WHOLE: list[Message] = [
-    {"run": {"state": "finished"}}, {"file": "config.toml"}, CHUNK, END, {"done": 1},
+    {"run": {"state": "finished", "cause": None}}, {"file": "config.toml"}, CHUNK, END, {"done": 1},
 ]  # fmt: skip
 
 
@@ -42,6 +42,9 @@ class TestReceiving:
             (2, {"chunk": base64.b64encode(b"some bytez").decode()}),
             (2, {"chunk": "###"}),
             (2, {"chunk": 7}),
+            (0, {"run": "finished"}),
+            (0, {"run": None}),
+            (0, {"run": {"cause": None}}),
             (3, {**END, "size": 9}),
             (3, {**END, "sha256": "0" * 64}),
             (3, {"size": len(DATA)}),
