@@ -83,6 +83,7 @@ min_uploaders = 3
 min_t_collude = 1
 mechanisms = ["distributed", "site"]
 encryption = ["secagg"]
+max_parameters = 50000000                  # what a model may take of this machine's memory
 coordinator = "$coordinator"  # who must have signed a run
 approval = "automatic"                     # a run that all of this allows needs nobody's say
 """)
@@ -109,6 +110,7 @@ TimeoutStopSec=60
 UMask=0077
 
 NoNewPrivileges=yes
+MemoryMax=80%
 ProtectSystem=strict
 ReadWritePaths=/srv/fedveil/kit
 ProtectHome=yes

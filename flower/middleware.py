@@ -8,8 +8,11 @@ still runs, in the same order, on the same request; only the streams between the
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from fastapi import HTTPException
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,6 +21,7 @@ Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_PUSH = "/v1/fleet/push-messages"
 WHOLE = frozenset(
     f"/v1/{api}/{call}"
     for api in ("fleet", "runtime")
@@ -47,6 +51,31 @@ def _directly(layer: Middleware) -> Middleware:
         return Direct(app, made(app, *layer.args, **layer.kwargs))  # type: ignore[arg-type]
 
     return Middleware(build)
+
+
+class OwnRepliesMiddleware(BaseHTTPMiddleware):
+    """Lets a site push replies of its own to the server, and nothing else.
+
+    Flower asks that a request is signed by the node that it names, and not that the messages in it
+    are from that node: one site could reply for another one, or send it messages as the server.
+    """
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """See Starlette's `BaseHTTPMiddleware`."""
+        asked = getattr(request.state, "protobuf_request", None)
+        if request.url.path == _PUSH and not is_own(asked):
+            raise HTTPException(status_code=403, detail="push-messages: not a reply of its own")
+        return await call_next(request)
+
+
+def is_own(asked: Any) -> bool:  # noqa: ANN401
+    """Whether a request to push messages has replies only, of the node that it is from."""
+    return isinstance(asked, PushMessagesRequest) and all(
+        message.metadata.src_node_id == asked.node.node_id
+        and message.metadata.dst_node_id == SUPERLINK_NODE_ID
+        and message.metadata.reply_to_message_id
+        for message in asked.messages_list
+    )
 
 
 class Direct:

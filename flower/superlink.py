@@ -47,8 +47,9 @@ def _superlink(database: str, secret: bytes | None, *, simulation: bool) -> Any:
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
     from flwr.superlink.main import create_app
+    from starlette.middleware import Middleware
 
-    from .middleware import called_directly
+    from .middleware import OwnRepliesMiddleware, called_directly
 
     config = SuperLinkLifespanConfig(
         control_address="127.0.0.1:0",
@@ -74,7 +75,10 @@ def _superlink(database: str, secret: bytes | None, *, simulation: bool) -> Any:
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )
-    return called_directly(create_app(config, SuperLinkLifespan))
+    app = create_app(config, SuperLinkLifespan)
+    # Behind all that says who asks, and before what only writes that down.
+    app.user_middleware.insert(-1, Middleware(OwnRepliesMiddleware))
+    return called_directly(app)
 
 
 class WithKey:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.proto.message_pb2 import PullObjectRequest
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata, PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
@@ -140,6 +140,44 @@ class TestAnswers:
         path, body = "/v1/fleet/pull-object", asked.SerializeToString()
         status, headers, _ = link.asked(path, body, signed(link.key))  # a run that is none
         assert (status, headers["content-type"]) == (500, "application/json")
+
+
+SERVER = 1
+ANOTHER = 4711
+
+
+def pushed(link: Link, **changes: Any) -> int:  # noqa: ANN401
+    """What a site is answered that pushes a reply of its own, with something else in it."""
+    about = {
+        "run_id": 1, "message_id": "a" * 64, "src_node_id": link.node, "dst_node_id": SERVER,
+        "reply_to_message_id": "b" * 64, "created_at": 1.0, "ttl": 60.0,
+        "message_type": "train.step",
+    }  # fmt: skip
+    good = Message(metadata=Metadata(**about))
+    changed = Message(metadata=Metadata(**(about | changes)))
+    asked = PushMessagesRequest(
+        node=Node(node_id=link.node), messages_list=[good, changed], message_object_trees=[]
+    )
+    body = asked.SerializeToString()
+    return link.asked("/v1/fleet/push-messages", body, signed(link.key))[0]
+
+
+class TestOwnReplies:
+    def test_go_on_to_flower(self, link: Link) -> None:
+        assert pushed(link) not in {401, 403}  # which then finds no such run
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"src_node_id": ANOTHER},  # a reply for another site
+            {"src_node_id": SERVER, "dst_node_id": ANOTHER},  # the server's, to another site
+            {"dst_node_id": ANOTHER},
+            {"reply_to_message_id": ""},  # none at all
+        ],
+    )
+    def test_and_nothing_else(self, link: Link, change: dict[str, Any]) -> None:
+        """One is enough: none of the request is taken."""
+        assert pushed(link, **change) == 403
 
 
 def test_a_layer_and_what_is_behind_it_read_the_same() -> None:
