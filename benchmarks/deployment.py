@@ -8,6 +8,8 @@ its own. `flower` polls as it does by default, `flower_quick` looks for tasks te
 `--quick` measures ours alone, without the 100 MB.
 """
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -27,6 +29,7 @@ QUICK_POLL = 0.1  # seconds
 def main() -> None:
     """Every figure in one run."""
     report = start(__doc__ or "")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so nothing is left behind
     turns, plain_rounds, secure_rounds = (1, 6, 3) if report.quick else (2, 6, 6)
     large_rounds = 0 if report.quick else 3
     found: dict[str, list[float]] = {}
