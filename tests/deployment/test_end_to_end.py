@@ -496,6 +496,7 @@ class TestFaults:
         server = deployed.processes.pop("server")
         server.kill()  # and its programs with it
         server.wait()
+        until("its programs are gone", lambda: not deployed.answers())
         done = len(rounds_of(deployed, run))
         deployed.up("server", 0)
         until("the server answers", deployed.answers)
@@ -506,8 +507,8 @@ class TestFaults:
         assert [event["event"] for event in deployed.events(run)].count("resumed") == 1
         found = [event["round"] for event in rounds_of(deployed, run)]
         assert found[:done] == list(range(1, done + 1))
-        assert found[-1] == 6
-        assert len(found) >= 5  # at most the round that was cut off is lost
+        # At most the round that was cut off is lost, be it the last.
+        assert len(set(range(1, 7)) - set(found)) <= 1
 
 
 def kits_of_sites(deployed: Deployment) -> dict[str, bytes]:
