@@ -508,8 +508,8 @@ class TestFaults:
         assert [event["event"] for event in deployed.events(run)].count("resumed") == 1
         found = [event["round"] for event in rounds_of(deployed, run)]
         assert found[:done] == list(range(1, done + 1))
-        assert found[-1] == 6
-        assert len(found) >= 5  # at most the round that was cut off is lost
+        # At most the round that was cut off is lost, be it the last.
+        assert len(set(range(1, 7)) - set(found)) <= 1
 
 
 def kits_of_sites(deployed: Deployment) -> dict[str, bytes]:
