@@ -14,7 +14,7 @@ from .collect import Channel
 from .replies import RunError
 from .rounds import Observer
 
-HELD = (Refusal.APPROVAL, Refusal.PAUSED)
+OPEN = (Refusal.APPROVAL, Refusal.PAUSED)
 """Refusals that a site's owner may take back at any time."""
 AWAY = "is not connected"
 _AGAIN, _LONG_AGAIN, _SHARE = 2.0, 30.0, 0.05
@@ -53,8 +53,8 @@ def wait_for_sites(
 ) -> None:
     """Waits until enough sites are ready, and for the others for a while.
 
-    It waits for a human for as long as it takes, and for a site that is away only until
-    `federation.patience` is over, once enough others are ready.
+    It waits for an approval for as long as it takes, and for a site that is away or paused only
+    until `federation.patience` is over, once enough others are ready.
 
     Args:
         channel: Reaches the sites.
@@ -79,7 +79,7 @@ def wait_for_sites(
             raise RunError(f"{len(found.refused)} of {len(channel.sites)} sites refuse ({reasons})")
         if not found.waiting:
             return
-        held = any(why != AWAY for why in found.waiting.values())
+        held = Refusal.APPROVAL.value in found.waiting.values()
         waited = clock() - began
         late = waited > config.federation.patience
         if len(found.ready) >= least and late and not held:
@@ -103,7 +103,7 @@ def _ask(channel: Channel, found: Readiness) -> None:
         found.waiting[site] = AWAY
         if isinstance(answer, Step):
             found.ready.add(site)
-        elif answer is not None and answer.code in HELD:
+        elif answer is not None and answer.code in OPEN:
             found.waiting[site] = answer.code.value
             continue
         elif answer is not None:

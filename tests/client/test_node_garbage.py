@@ -11,6 +11,7 @@ import pytest
 from fedveil.client import node as module
 from fedveil.client.node import Node
 from fedveil.client.status import read_status
+from fedveil.deployment.control import UnreachableError as NoControlError
 from fedveil.flower.fleet import Fleet, RefusedError, called
 
 Kit = Any  # `conftest.SiteKit`; test modules cannot import it
@@ -65,7 +66,7 @@ class FakeControl:
     def call(self, *_: object) -> Any:  # noqa: ANN401
         answer = next(self.answers)
         if answer is None:
-            raise module.NoControlError("is away")
+            raise NoControlError("is away")
         return answer
 
 
@@ -115,7 +116,7 @@ def test_an_answer_that_cannot_be_read_is_a_refusal() -> None:
 
 
 def test_objects_that_make_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet = Fleet.__new__(Fleet)
+    fleet: Any = Fleet.__new__(Fleet)
     fleet._client = SimpleNamespace(PullObject=None, ConfirmMessageReceived=None)
     fleet._node = None
     tree = SimpleNamespace(object_id="a")

@@ -24,7 +24,15 @@ from starlette.responses import Response
 
 from fedveil.flower import middleware
 from fedveil.flower.link import keep_nodes
-from fedveil.flower.middleware import WHOLE, Asgi, Direct, Receive, Scope, Send
+from fedveil.flower.middleware import (
+    WHOLE,
+    Asgi,
+    Direct,
+    OwnRepliesMiddleware,
+    Receive,
+    Scope,
+    Send,
+)
 from fedveil.flower.superlink import deployed_superlink
 
 PULL = "/v1/fleet/pull-messages"
@@ -148,7 +156,7 @@ ANOTHER = 4711
 
 def pushed(link: Link, **changes: Any) -> int:  # noqa: ANN401
     """What a site is answered that pushes a reply of its own, with something else in it."""
-    about = {
+    about: dict[str, Any] = {
         "run_id": 1, "message_id": "a" * 64, "src_node_id": link.node, "dst_node_id": SERVER,
         "reply_to_message_id": "b" * 64, "created_at": 1.0, "ttl": 60.0,
         "message_type": "train.step",
@@ -198,9 +206,11 @@ def test_every_layer_is_still_there(tmp_path: Path) -> None:
     from flwr.superlink.main import _get_middleware
 
     app = deployed_superlink(tmp_path / "x.sqlite", b"s" * 32)
-    assert len(app.user_middleware) == len(_get_middleware())
+    assert len(app.user_middleware) == len(_get_middleware()) + 1
     stack, layers = app.build_middleware_stack(), list[Any]()
     while (stack := getattr(stack, "app", None) or getattr(stack, "_app", None)) is not None:
         if isinstance(stack, Direct):
             layers.append(type(stack._layer))
+    assert OwnRepliesMiddleware in layers
+    layers.remove(OwnRepliesMiddleware)
     assert layers == [layer.cls for layer in _get_middleware()]

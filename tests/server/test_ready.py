@@ -108,16 +108,16 @@ def test_only_those_are_asked_again_who_were_not_ready() -> None:
     assert found.reasons("waiting") == [{4: AWAY}]
 
 
-@pytest.mark.parametrize("held", [Refusal.APPROVAL, Refusal.PAUSED])
-def test_a_human_is_waited_for_as_long_as_it_takes(held: Refusal) -> None:
+def test_an_approval_is_waited_for_as_long_as_it_takes() -> None:
     """Far beyond the patience that there is with machines."""
+    held = Refusal.APPROVAL
     found = wait({1: ["ready"], 2: ["ready"], 3: ["ready"], 4: [held] * 40 + ["ready"]})
     assert sum(found.slept) > 7 * 10
     assert found.reasons("waiting") == [{4: held.value}]  # told once
 
 
-@pytest.mark.parametrize("answer", ["away", "garbage", None])
-def test_a_machine_only_for_a_while(answer: Answer) -> None:
+@pytest.mark.parametrize("answer", ["away", "garbage", None, Refusal.PAUSED])
+def test_a_machine_and_a_paused_site_only_for_a_while(answer: Answer) -> None:
     found = wait({1: ["ready"], 2: ["ready"], 3: ["ready"], 4: [answer]})
     assert 10 < sum(found.slept) < 16
     assert found.told[-1]["ready"] == [1, 2, 3]

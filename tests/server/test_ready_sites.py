@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fedveil.server import ready
-from fedveil.server.ready import HELD, Readiness, wait_for_sites
+from fedveil.server.ready import Readiness, wait_for_sites
+from fedveil.wire import Refusal
 
 
 def test_one_that_waits_for_its_owner_is_asked_less_and_less(
@@ -21,7 +22,7 @@ def test_one_that_waits_for_its_owner_is_asked_less_and_less(
 
     def ask(_: object, found: Readiness) -> None:
         found.ready |= {1, 2}
-        found.waiting = {3: HELD[0].value} if clock < 86400 else {}
+        found.waiting = {3: Refusal.APPROVAL.value} if clock < 86400 else {}
 
     monkeypatch.setattr(ready, "_ask", ask)
     config = SimpleNamespace(min_replies=2, federation=SimpleNamespace(patience=60.0))
