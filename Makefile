@@ -13,10 +13,10 @@ demo: $(READY)
 	@echo "The picture is runs/demo/samples.png"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # mypy refuses a folder whose name is no identifier, so it is shown the root under a link named
 # fedveil. `-p fedveil` takes the tests too: they lie below the root.

@@ -25,6 +25,7 @@ from fedveil.models.state import to_arrays
 from fedveil.privacy.plan import plan
 from fedveil.server.aggregation import summed
 from fedveil.server.collect import Channel, open_channel
+from fedveil.server.coordinator import coordinator
 from fedveil.server.simulation.local import local_grid
 from fedveil.server.simulation.sites import pin_identities, simulated_site
 from fedveil.server.store import RunFolder
@@ -81,7 +82,7 @@ class _Rounds:
         nodes, store = {number: number for number in sites}, RunFolder(folder)
         priced = plan(config)
         self._channel: Channel = open_channel(
-            grid, nodes, config, schema, priced, RUN, self._model, store
+            grid, nodes, config, schema, priced, RUN, self._model, store, coordinator(folder)
         )
         self._ledgers: dict[int, tuple[int, str]] = {}
 

@@ -44,6 +44,8 @@ from fedveil.server.grid import PollingGrid
 from fedveil.server.simulation.sites import load_shards
 from fedveil.wire import ADVERTISE, Step, pack
 
+pytestmark = pytest.mark.xdist_group("deployment")  # one deployment, one worker
+
 EXAMPLE = Path(fedveil.__file__).parent / "examples" / "digits-vae.toml"
 STARTED = Path(__file__).with_name("with_coins.py")
 SITES = ("clinic-east", "clinic-north", "clinic-south", "clinic-west")
