@@ -4,14 +4,17 @@ Without gRPC, so that it can be read and tested alone.
 """
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from ..config import ConfigError, FedveilError
 from ..deployment.control import METHODS, our_version
 from ..deployment.kit import Kit
 from ..deployment.roster import Member, Roster
+from ..files import replace_file
 
 _Stamp = tuple[int, int, int]
+_VERSION = "roster.version"
 
 
 class RefusedError(FedveilError):
@@ -37,8 +40,12 @@ class Gate:
         """
         self._kit, self._lock = kit, threading.Lock()
         self._stamp = _stamp(kit.roster)
-        self._roster: Roster | ConfigError = kit.read_roster()
-        self._newest = self._roster.version
+        found = kit.read_roster()
+        self._newest = _noted(kit)
+        if found.version < self._newest:
+            raise self._older(found)
+        self._roster: Roster | ConfigError = found
+        self._note(found)
 
     def roster(self) -> Roster:
         """The members now.
@@ -75,13 +82,22 @@ class Gate:
         except ConfigError as error:
             return error
         if found.version < self._newest:
-            # An older list would bring back who was revoked.
-            return ConfigError(
-                f"roster.json: has version {found.version}, it had {self._newest}; put the newer "
-                "one back"
-            )
-        self._newest = found.version
+            return self._older(found)
+        self._note(found)
         return found
+
+    def _older(self, found: Roster) -> ConfigError:
+        """An older list would bring back who was revoked."""
+        return ConfigError(
+            f"roster.json: has version {found.version}, it had {self._newest}; put the newer one "
+            "back"
+        )
+
+    def _note(self, found: Roster) -> None:
+        """Keeps the version for the processes after this one."""
+        self._newest = found.version
+        with suppress(OSError):  # a full disk must not shut everybody out
+            replace_file(self._kit.state / _VERSION, f"{found.version}\n".encode())
 
 
 def refuse_role(method: str, member: Member) -> None:
@@ -111,6 +127,14 @@ def refuse_version(theirs: str) -> None:
             f"version {theirs or 'unknown'}: the server has fedveil {ours}, and major and minor "
             "must be equal; install that",
         )
+
+
+def _noted(kit: Kit) -> int:
+    """The newest version that a process before this one has seen; 0 if none says so."""
+    try:
+        return int((kit.state / _VERSION).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -25,6 +25,7 @@ from fedveil.deployment.control import (
 )
 from fedveil.server.audit_log import verify
 from fedveil.server.control import Serving
+from fedveil.server.gate import Gate
 
 NOBODY = "0" * 16
 Client = Callable[..., ControlClient]
@@ -187,6 +188,15 @@ class TestRevocation:
         for one in (olga, otto):
             with pytest.raises(ConfigError, match="version 1, it had 2"):
                 one.call("list")
+
+    def test_nor_after_a_restart(self, federation: Federation, serving: Serving) -> None:
+        federation.write_roster(2, gone=("olga",))
+        assert serving.plane.gate.roster().version == 2
+        federation.write_roster(1)
+        with pytest.raises(ConfigError, match="version 1, it had 2"):
+            Gate(federation.server)
+        federation.write_roster(3)
+        assert Gate(federation.server).roster().version == 3
 
     def test_who_is_revoked_does_not_fill_the_audit_log(
         self, federation: Federation, client: Client
