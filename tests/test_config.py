@@ -963,7 +963,10 @@ def test_a_run_is_frozen_and_can_be_hashed() -> None:
 def test_where_a_run_runs_is_none_of_the_sites_business() -> None:
     """So that it may go on elsewhere: its terms, and its price, stay what they are."""
     here = validated(RunConfig, raw_config())
-    ray = {"engine": "ray", "ray_address": "10.0.0.1:1", "client_cpus": 2, "client_gpus": 0.5}
+    ray = {
+        "engine": "ray", "ray_address": "10.0.0.1:1", "client_cpus": 2, "client_gpus": 0.5,
+        "patience": 5.0,
+    }  # fmt: skip
     there = validated(RunConfig, raw_config(federation=ray))
     assert here != there
     assert here.shared() == there.shared()
