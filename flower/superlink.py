@@ -18,6 +18,10 @@ _PRAGMAS = {
 }
 """For messages of 100 MB and more; Flower's others hold beside them."""
 
+_STALLED = 60
+"""Seconds after which a message of which no further part comes counts as lost: whoever was killed
+while it sent one holds the others up for so long, and a line may be as slow as 5 MB a minute."""
+
 
 def simulating_superlink() -> Any:  # noqa: ANN401
     """A SuperLink for one simulation, as an ASGI app with its state in memory."""
@@ -35,9 +39,11 @@ def deployed_superlink(database: Path, secret: bytes) -> Any:  # noqa: ANN401
     """
     from flwr.supercore import sql_mixin
     from flwr.supercore.constant import SQLITE_PRAGMAS
+    from flwr.supercore.corestate import sql_corestate
 
     kept = [(name, value) for name, value in SQLITE_PRAGMAS if name not in _PRAGMAS]
     vars(sql_mixin)["SQLITE_PRAGMAS"] = (*_PRAGMAS.items(), *kept)
+    vars(sql_corestate)["OBJECT_PUSH_SESSION_TTL_SECONDS"] = _STALLED
     return _superlink(str(database), secret, simulation=False)
 
 

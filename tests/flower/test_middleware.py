@@ -1,6 +1,7 @@
 """A SuperLink whose layers are called directly answers and refuses as Flower's own does."""
 
 import asyncio
+import inspect
 import json
 from base64 import b64encode
 from collections.abc import Mapping
@@ -214,3 +215,15 @@ def test_every_layer_is_still_there(tmp_path: Path) -> None:
     assert OwnRepliesMiddleware in layers
     layers.remove(OwnRepliesMiddleware)
     assert layers == [layer.cls for layer in _get_middleware()]
+
+
+def test_what_a_superlink_is_told_otherwise_is_still_asked_of_there(tmp_path: Path) -> None:
+    """Names in Flower's modules; should one go, the setting would be lost without a word."""
+    from flwr.supercore import sql_mixin
+    from flwr.supercore.corestate import sql_corestate
+
+    assert "OBJECT_PUSH_SESSION_TTL_SECONDS" in inspect.getsource(sql_corestate.SqlCoreState)
+    assert "SQLITE_PRAGMAS" in inspect.getsource(sql_mixin)
+    deployed_superlink(tmp_path / "x.sqlite", b"s" * 32)
+    assert vars(sql_corestate)["OBJECT_PUSH_SESSION_TTL_SECONDS"] == 60
+    assert ("busy_timeout", "20000") in vars(sql_mixin)["SQLITE_PRAGMAS"]
