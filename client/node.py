@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from ..config import ConfigError, FedveilError
+from ..config import FedveilError
 from ..deployment.control import ControlClient, our_version
 from ..deployment.control import UnreachableError as NoControlError
+from ..deployment.keys import NODE, read_node
 from ..deployment.kit import Kit, open_kit
 from ..deployment.logs import configure, level_asked, scrubbed
 from ..files import replace_file
@@ -91,7 +91,7 @@ class Node:
         Raises:
             FedveilError: A key of the kit cannot be used.
         """
-        fleet = Fleet(self._kit.fleet, self._kit.ca.read_bytes(), node_key(self._kit))
+        fleet = Fleet(self._kit.fleet, self._kit.ca.read_bytes(), read_node(self._kit.keys / NODE))
         with closing(fleet):
             retry = _FIRST_RETRY
             while not self._stop.is_set():
@@ -249,21 +249,6 @@ class Node:
 def _round_of(message: Message) -> int:
     group = message.metadata.group_id
     return int(group) if group.isdecimal() else 0
-
-
-def node_key(kit: Kit) -> Any:  # noqa: ANN401
-    """The site's P-384 key.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
-    path = kit.keys / "node.key"
-    try:
-        return load_ssh_private_key(path.read_bytes(), password=None)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the kit") from None
-    except ValueError:
-        raise ConfigError(f"{path}: holds no key; put a whole copy of the kit back") from None
 
 
 def told(kit: Kit, error: Exception) -> str:

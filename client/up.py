@@ -22,7 +22,7 @@ def up(kit_folder: Path, *, level: int = logging.INFO) -> int:
     Raises:
         ConfigError: It is no site's kit, or it is up already.
     """
-    kit = _opened(kit_folder)
+    kit = open_kit(kit_folder, "site")
     with held(kit):
         return keep_running(kit, [program(kit)], level)
 
@@ -32,7 +32,3 @@ def program(kit: Kit) -> Program:
     # -P: what lies where it is started must not stand in for an installed package.
     module = f"{__package__}.node"
     return Program("node", (sys.executable, "-P", "-m", module, str(kit.folder)))
-
-
-def _opened(folder: Path) -> Kit:
-    return open_kit(folder, "site")

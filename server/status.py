@@ -24,7 +24,7 @@ def status(kit_folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It is no server's kit, or its `ca.pem` cannot be read.
     """
-    kit = _opened(kit_folder)
+    kit = Kit.read(kit_folder, "server")
     trusting = _trusting(kit.ca)
     pid = holder(kit)
     ports = {
@@ -76,7 +76,3 @@ def _content(path: Path) -> Any:  # noqa: ANN401
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _opened(folder: Path) -> Kit:
-    return Kit.read(folder, "server")

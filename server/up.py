@@ -27,7 +27,7 @@ def up(kit_folder: Path, *, level: int = logging.INFO) -> int:
     Raises:
         ConfigError: It is no server's kit, it is up already, or a port is taken.
     """
-    kit = _opened(kit_folder)
+    kit = open_kit(kit_folder, "server")
     with held(kit):
         check_ports(kit.about)
         return keep_running(kit, programs(kit), level)
@@ -70,7 +70,3 @@ def _check_port(name: str, port: int) -> None:
                 else f"cannot be used ({error.strerror}); change the port in kit.toml"
             )
             raise ConfigError(f"server.{name} = {port}: {why}") from None
-
-
-def _opened(folder: Path) -> Kit:
-    return open_kit(folder, "server")

@@ -82,7 +82,7 @@ def served(site_kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
         monkeypatch.setattr(module, "Fleet", lambda *_: fleet)
         monkeypatch.setattr(module, "ControlClient", FakeControl)
         monkeypatch.setattr(module, "_FIRST_RETRY", 0.0)
-        monkeypatch.setattr(module, "node_key", lambda _: None)
+        monkeypatch.setattr(module, "read_node", lambda _: None)
         node = Node(site_kit.kit, SimpleNamespace(), stop)  # type: ignore[arg-type]
         said = node._say
 

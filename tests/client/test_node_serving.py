@@ -108,7 +108,7 @@ def serve(site_kit: HasKit, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Serves a kit until the script is over."""
     kit = site_kit.kit
     kit.state.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setattr(module, "node_key", lambda _: None)
+    monkeypatch.setattr(module, "read_node", lambda _: None)
     monkeypatch.setattr(module, "ControlClient", FakeControl)
     monkeypatch.setattr(module, "refresh_identities", lambda *_: None)
     monkeypatch.setattr(module, "_FIRST_RETRY", 0.001)
