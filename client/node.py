@@ -99,7 +99,7 @@ class Node:
                 try:
                     self._take_roster()
                     with fleet.session(self._last_session()) as node:
-                        self._keep(_SESSION, {"node": node})
+                        self._keep(_SESSION, {**self._noted_session(), "node": node})
                         self._say("connected", last_error="")
                         log.info("connected to %s", self._kit.fleet)
                         retry = _FIRST_RETRY
@@ -173,6 +173,7 @@ class Node:
             found = self._persistently(fleet, lambda: fleet.bundle(run_id))
             if ours := found == bundle_hash(deployed_bundle()):
                 self._take_roster()  # before it is known: what refuses once refuses again
+                self._forget_other_runs(fleet, run_id)
             else:
                 log.error("refused run %d: it was started with a bundle of its own", run_id)
             self._known[run_id] = ours
@@ -231,11 +232,27 @@ class Node:
         with suppress(OSError):
             write_status(self._kit.state, self._status)
 
-    def _last_session(self) -> int:
+    def _forget_other_runs(self, fleet: Fleet, run_id: int) -> None:
+        """Erases keys of earlier runs: of one that failed nobody else says that it is over.
+
+        Also of the same run before it was resumed, which is another one to Flower; but not where
+        this process only follows another one in the middle of it.
+        """
+        if self._noted_session().get("run") != run_id:
+            self._site.secure.forget()
+            self._keep(_SESSION, {"node": fleet.node_id, "run": run_id})
+
+    def _noted_session(self) -> dict[str, Any]:
+        """What was noted of the last session; nothing if the note is damaged."""
         path = self._kit.state / _SESSION
-        with suppress(OSError, ValueError, TypeError, LookupError):
-            return int(json.loads(path.read_text(encoding="utf-8"))["node"])
-        return 0
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and all(type(value) is int for value in found.values()):
+                return found
+        return {}
+
+    def _last_session(self) -> int:
+        return int(self._noted_session().get("node", 0))
 
     def _keep(self, name: str, content: dict[str, Any] | None) -> None:
         """Writes a small file of the site's state, or takes it away."""

@@ -16,6 +16,7 @@ from ..privacy.secagg.encoding import Message, Text, decode, encode
 from ..privacy.secagg.errors import (
     DifferentContextError,
     DifferentSetupError,
+    LostStateError,
     MalformedMessageError,
     SwappedIdentityError,
     UnknownSiteError,
@@ -135,6 +136,25 @@ class SecureSite:
             if not self.keys.pinned.items() <= pinned.items():  # else some only joined
                 self.close()  # taken up again by the next message, with these
             self.keys = replace(self.keys, pinned=dict(pinned))
+
+    def forget(self) -> None:
+        """Erases what is left of all runs' epochs, such as of one that was cancelled.
+
+        Formal guarantee: nothing here unmasks what was sent before. A run that goes on agrees on
+        new keys, as after any lost state; what it may still send, the ledger says.
+
+        Raises:
+            LostStateError: The disk refuses.
+        """
+        with self._lock:
+            self.close()
+            try:
+                for left in self.keys.folder.glob("*.state*"):
+                    left.unlink(missing_ok=True)
+            except OSError as error:
+                raise LostStateError(
+                    f"{self.keys.folder}: {error.strerror}; check the path and the disk"
+                ) from None
 
     def close(self) -> None:
         """Lets go of all state files."""

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Protocol, Self
 
 import pytest
@@ -42,6 +43,7 @@ class FakeFleet:
         self.bundles: dict[int, str] = {}
         self.refuses: list[Exception] = []
         self.node_id = 5
+        self.forgot: list[int] = []
 
     def __call__(self, *_: object) -> "FakeFleet":
         return self
@@ -127,7 +129,7 @@ def serve(site_kit: HasKit, monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         monkeypatch.setattr(module, "Fleet", fleet)
         monkeypatch.setattr(module, "client_app", lambda _: answer)
-        site: Any = object()
+        site: Any = SimpleNamespace(secure=SimpleNamespace(forget=lambda: fleet.forgot.append(1)))
         Node(kit, site, stop).serve()
         return fleet
 
@@ -296,6 +298,21 @@ def test_a_roster_that_is_refused_keeps_its_run_out(
     monkeypatch.setattr(FakeControl, "call", call)
     found = serve(message("a"), message("b"), message("c"))
     assert [reply.has_error() for reply in found.replies] == [True] * 3
+
+
+class TestKeysOfEarlierRuns:
+    def test_go_once_with_each_new_run(self, serve: Serve) -> None:
+        """A run that was cancelled or failed says no END."""
+        found = serve(message("a"), message("b"), message("c", run=78), message("d"))
+        assert len(found.forgot) == 2
+
+    def test_stay_where_a_process_follows_another_one_in_a_run(self, serve: Serve) -> None:
+        assert len(serve(message("a")).forgot) == 1
+        assert serve(message("b")).forgot == []
+        assert len(serve(message("c", run=78)).forgot) == 1
+
+    def test_not_for_a_run_that_is_refused(self, serve: Serve) -> None:
+        assert serve(message(run=78), bundles={78: "0" * 64}).forgot == []
 
 
 class TestAKilledProcess:

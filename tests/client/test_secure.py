@@ -149,6 +149,16 @@ class TestWhereItsStateIs:
         assert sites.answer("a", ADVERTISE, SETUP) == first
         sites.close()
 
+    def test_what_is_forgotten_is_gone_and_nothing_of_it_comes_back(self, sites: Sites) -> None:
+        sites.set_up()
+        site, first = sites.sites["a"], sites.answer("a", ADVERTISE, SETUP)
+        site.answer(ADVERTISE, Step("run-b", encode(replace(SETUP, run="run-b"))))
+        site.forget()
+        assert list(sites.folder.joinpath("a").iterdir()) == []
+        again = sites.answer("a", ADVERTISE, SETUP)
+        keys = {decode(Advertisement, body).masks for body in (first, again)}
+        assert len(keys) == 2  # the same keys could serve a second vector
+
     def test_keys_are_not_in_the_clear(self, sites: Sites) -> None:
         sites.set_up()
         state = (sites.folder / "a" / "run-a.state").read_bytes()
