@@ -102,7 +102,10 @@ def approve(
     """Show what a held run asks, and let it in on these terms."""
     from ..client.approvals import approve as admit
     from ..client.approvals import find
+    from ..config import ConfigError
 
+    if as_json and not yes:
+        raise ConfigError("--json: nobody could be asked; read `site status`, then add --yes")
     state = _kit(kit).state
     held = find(state, run)
     if held is not None and not held.approved and not as_json:

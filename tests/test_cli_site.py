@@ -83,8 +83,15 @@ class TestApprove:
         assert is_approved(site_kit.folder / "state", "run-a", TERMS)
 
     @pytest.mark.usefixtures("held")
-    def test_json_is_yes(self, call: Call, site_kit: Kit) -> None:
+    def test_json_alone_approves_nothing(self, call: Call, site_kit: Kit) -> None:
         found = call("site", "approve", site_kit.folder, "run-a", "--json")
+        assert (found.code, found.out) == (2, "")
+        assert "--json: nobody could be asked" in found.err
+        assert not is_approved(site_kit.folder / "state", "run-a", TERMS)
+
+    @pytest.mark.usefixtures("held")
+    def test_json_with_yes(self, call: Call, site_kit: Kit) -> None:
+        found = call("site", "approve", site_kit.folder, "run-a", "--json", "--yes")
         told = json.loads(found.out)
         assert (told["run_id"], told["terms"], told["asks"]) == ("run-a", TERMS, {"epsilon": 2.0})
         assert told["approved_by"]
