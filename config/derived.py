@@ -15,13 +15,14 @@ from .options import (
     EncryptionName,
     Evaluation,
     Federation,
+    ModelOptions,
     Options,
     Privacy,
     Secagg,
+    Statistics,
     StrategyName,
     Training,
     UnitName,
-    VaeOptions,
 )
 from .policy import RunPolicy
 from .reading import ConfigError
@@ -49,7 +50,8 @@ class Derived(Options):
     federation: Federation = Federation()
     data: Data
     clean: Clean = Clean()
-    model: VaeOptions
+    statistics: Statistics = Statistics()
+    model: ModelOptions
     training: Training = Training()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()

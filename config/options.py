@@ -160,7 +160,25 @@ class Clean(Options):
     )
 
 
-class VaeOptions(Options):
+class Statistics(Options):
+    """The one round of noisy sums that describes the federation, before any training."""
+
+    max_cells: Count = Field(
+        200_000, description="Most cells that all queries of the round together may have."
+    )
+
+
+class _Trained(Options):
+    """What every family has that is trained."""
+
+    warm_start: bool = Field(
+        True,
+        description="Whether it begins as trained, at the server and at no cost, on samples of "
+        "what the noisy statistics say; goes with `privacy.statistics_share`.",
+    )
+
+
+class VaeOptions(_Trained):
     """The conditional variational autoencoder (Kingma and Welling 2014)."""
 
     family: Literal["vae"] = Field(description="The kind of generator.")
@@ -173,6 +191,15 @@ class VaeOptions(Options):
         description="Loss of pixels and numbers. Default: `bce` for images; for tables `mse`, with "
         "a spread learnt for each column.",
     )
+
+
+class MarginalOptions(Options):
+    """What the noisy statistics say, and nothing more: it is fitted to them and never trained."""
+
+    family: Literal["marginal"] = Field(description="The kind of generator.")
+
+
+ModelOptions = Annotated[VaeOptions | MarginalOptions, Field(discriminator="family")]
 
 
 class Training(Options):
@@ -206,6 +233,14 @@ class Privacy(Options):
     mechanism: MechanismName = Field("distributed", description="Where noise is added; see below.")
     epsilon: float = Field(
         3.0, gt=0, le=100, description="Budget of the whole run over training records."
+    )
+    statistics_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of `privacy.epsilon` that pays for one round of noisy statistics before "
+        "training; 0: there is none; 1: nothing is trained beyond them. Default: by the kind of "
+        "data; 1 for the family `marginal`, 0 under unit `site`.",
     )
     epsilon_holdout: float | None = Field(
         None,

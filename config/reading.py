@@ -110,7 +110,8 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
     # key that is misspelt explains what is missing.
     ranks = {"extra_forbidden": 1, "missing": 2}
     first, *more = sorted(error.errors(), key=lambda e: ranks.get(e["type"], 0))
-    field = ".".join(str(part) for part in first["loc"])
+    location = _without_tags(model, first["loc"])
+    field = ".".join(str(part) for part in location)
     value = json.dumps(first["input"], default=str, ensure_ascii=False)
     context = first.get("ctx", {})
     match first["type"]:
@@ -122,6 +123,13 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
             line = f"{field} = {value}: must be a section, [{field}]"
         case "extra_forbidden":
             line = f"{field}: unknown key{_did_you_mean(model, first['loc'])}"
+        case "union_tag_not_found":
+            line = f"{field}.{_tag_name(context)}: missing: it has no default"
+        case "union_tag_invalid":
+            tag, known = context["tag"], context["expected_tags"]
+            line = f'{field}.{_tag_name(context)} = "{tag}": must be {known.replace(", ", " or ")}'
+            nearest = _nearest(tag, known.split("'")[1::2])
+            line += nearest if "did you mean" in nearest else ""
         case "too_short" | "string_too_short":
             line = f"{field} = {value}: must not be empty"
         case "tuple_type":
@@ -149,14 +157,37 @@ _BOUNDS = {
 }
 
 
+def _tag_name(context: Mapping[str, Any]) -> str:
+    """The option that says which of several sections it is."""
+    return str(context["discriminator"]).strip("'")
+
+
+def _without_tags(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A location as the user knows it: a section's kind is no part of it."""
+    section, *rest = location
+    field = model.model_fields.get(str(section))
+    if field is None or field.discriminator is None or not rest:
+        return location
+    return section, *rest[1:]
+
+
 def _did_you_mean(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
     owner = model
     for part in location[:-1]:
         if isinstance(part, str):  # a number counts within a list of sections
             fields = {field.alias or name: field for name, field in owner.model_fields.items()}
-            owner = next(_models_in(fields[part].annotation), owner) if part in fields else owner
+            if part in fields:
+                found = [*_models_in(fields[part].annotation)]
+                tagged = [m for m in found if location[1] in _tags(m)]
+                owner = next(iter(tagged or found), owner)
     names = [field.alias or name for name, field in owner.model_fields.items()]
     return _nearest(str(location[-1]), names)
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The kinds of section that a model is of."""
+    field = model.model_fields.get("family")
+    return get_args(field.annotation) if field is not None else ()
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:  # noqa: ANN401

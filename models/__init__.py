@@ -7,6 +7,7 @@ from .family import Batch, Family
 __all__ = ["FAMILIES", "Batch", "Family", "family"]
 
 FAMILIES = {
+    "marginal": "marginal:FAMILY",
     "vae": "vae:FAMILY",
 }
 

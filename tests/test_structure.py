@@ -47,8 +47,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # The disk decides how a ledger is kept.
     "client.own_files": ("client", "privacy", "files", "machine"),
     "server": (
-        "server", "deployment", "models", "privacy", "data_prep.schema", "wire", "config",
-        "files", "flower",
+        "server", "deployment", "models", "privacy", "data_prep.schema", "data_prep.queries",
+        "wire", "config", "files", "flower",
     ),
     # Where a run stands, as everybody reads it.
     "server.queue": ("compare", "config", "data_prep.schema", "files", "server"),

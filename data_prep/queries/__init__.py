@@ -1,0 +1,61 @@
+"""Bounded linear queries over encoded records: which are asked, and what a site answers.
+
+Which queries are asked follows from the schema, the options and public numbers: a data-free rule.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+import numpy as np
+
+from ...config import Statistics
+from ..modality import Encoded
+from ..schema import Schema
+from .workload import Noisy, Query, Workload, noisy
+
+__all__ = ["Noisy", "Query", "Workload", "answers", "noisy", "workload"]
+
+_MODULES = {"image": ".images", "table": ".tables", "text": ".texts"}
+
+
+def workload(
+    schema: Schema, options: Statistics, units: float, noise_multiplier: float
+) -> Workload:
+    """What a run asks.
+
+    Args:
+        schema: What a record is.
+        options: The run's.
+        units: Declared public number of privacy units that the sums are over.
+        noise_multiplier: Standard deviation of the noise over the vector's sensitivity; 0 for none.
+
+    Raises:
+        ConfigError: It would have too many cells.
+    """
+    found: Workload = _module(schema).workload(schema, options, units, noise_multiplier)
+    return found
+
+
+def answers(
+    asked: Workload, records: Encoded, schema: Schema, persons: np.ndarray | None = None
+) -> np.ndarray:
+    """A site's exact sums: what leaves the site has noise first.
+
+    Formal guarantee: one record more or less, or with `persons` one whole person, changes the
+    result by at most `asked.sensitivity` in L2.
+
+    Args:
+        asked: What is asked.
+        records: The site's, [N].
+        schema: What a record is.
+        persons: [N] int64, whose record each one is; `None`: each is its own unit.
+
+    Returns:
+        [asked.length] float64, weighted.
+    """
+    found: np.ndarray = _module(schema).answers(asked, records, schema, persons)
+    return found
+
+
+def _module(schema: Schema) -> ModuleType:
+    return import_module(_MODULES[schema.modality], __name__)
