@@ -172,7 +172,7 @@ class _Trained(Options):
     """What every family has that is trained."""
 
     warm_start: bool = Field(
-        True,
+        default=True,
         description="Whether it begins as trained, at the server and at no cost, on samples of "
         "what the noisy statistics say; goes with `privacy.statistics_share`.",
     )

@@ -35,9 +35,8 @@ _KEPT_CHECKPOINTS = 2
 _ASKED = "checkpoint/asked.json"
 _STATE = ("model", "average", "first", "second")
 _SOURCES = (
-    ".", "cli", "client", "config", "data_prep", "data_prep/queries", "deployment", "flower", "models",
-    "models/marginal", "privacy",
-    "privacy/audit", "privacy/conformance", "privacy/secagg", "server", "server/simulation",
+    ".", "cli", "client", "config", "data_prep", "data_prep/queries", "deployment", "flower",
+    "models", "models/marginal", "privacy", "privacy/audit", "privacy/conformance", "privacy/secagg", "server", "server/simulation",
 )  # fmt: skip
 _SOURCE_ENDINGS = (".py", ".j2", ".css")
 _VERSIONED = (

@@ -77,11 +77,13 @@ class Noisy:
     """Answers as they were released; whatever is made of them is post-processing.
 
     Attributes:
+        asked: What the answers are to.
         values: Sums by query, float64 in its shape, without its weight.
         noise: Standard deviation of the noise of a query's cells.
         units: Declared public number of privacy units that the sums are over.
     """
 
+    asked: Workload
     values: Mapping[str, np.ndarray]
     noise: Mapping[str, float]
     units: float
@@ -105,7 +107,7 @@ def noisy(workload: Workload, vector: np.ndarray, scale: float, units: float) ->
     for query, span in workload.spans():
         values[query.name] = vector[span].astype(np.float64).reshape(query.shape) / query.weight
         noise[query.name] = scale / query.weight
-    return Noisy(values, noise, units)
+    return Noisy(workload, values, noise, units)
 
 
 def clipped_sum(
