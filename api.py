@@ -130,7 +130,7 @@ def resolve(
         config = override(config.model_dump(by_alias=True), settings)
     schema = run_schema(config)
     check_unit(config, schema)
-    return config.resolved(), schema
+    return config.resolved(schema.modality), schema
 
 
 def load(path: Path | str) -> "Run":

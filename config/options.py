@@ -31,7 +31,12 @@ class Federation(Options):
 
     name: str = Field("fedveil", pattern=NAME, description="Run name.")
     sites: Count = Field(10, description="Number of sites (simulated ones, in a simulation).")
-    rounds: int = Field(200, ge=1, le=100_000, description="Rounds of training.")
+    rounds: int = Field(
+        200,
+        ge=0,
+        le=100_000,
+        description="Rounds of training; none where the statistics have the whole budget.",
+    )
     seed: int = Field(
         0,
         ge=0,
