@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ..config import FedveilError, RunConfig
 from ..config.options import LEAST_NORM, MOST_NORM
 from ..data_prep.queries import run_workload
+from ..data_prep.schema import Schema
 from ..flower import ClientApp, Context, Message
 from ..models import metrics
 from ..privacy import vector
@@ -43,6 +44,7 @@ from .approvals import PausedError
 from .secure import STEPS, Opened, check_name, open_round, upload
 from .self_test import ConformanceError, Tested, self_test
 from .site import Site
+from .statistics_test import statistics_test
 from .understanding import Understood, WorkError, asked_of, code_of, terms_of, understand
 from .work import FAILURES, Parts, parts_of
 
@@ -251,10 +253,10 @@ def _check_conformance(run: Understood) -> None:
         ConformanceError: A check fails.
     """
     with _one_at_a_time:
-        tested = _tested(run.config, run.priced, run.parameters)
-    if tested.outcome == "violated":
+        found = _tested(run.config, run.schema, run.priced, run.parameters)
+    if failed := [name for tested in found for name in tested.failed]:
         raise ConformanceError(
-            f"self-test: {', '.join(tested.failed)}: is not as priced; do not run this code"
+            f"self-test: {', '.join(failed)}: is not as priced; do not run this code"
         )
 
 
@@ -264,8 +266,13 @@ _one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=4)
-def _tested(config: RunConfig, priced: Plan, parameters: int) -> Tested:
-    return self_test(config, priced, parameters=parameters, alarm=_ALARM)
+def _tested(config: RunConfig, schema: Schema, priced: Plan, parameters: int) -> tuple[Tested, ...]:
+    found = []
+    if priced.rounds:
+        found.append(self_test(config, priced, parameters=parameters, alarm=_ALARM / 2))
+    if priced.statistics:
+        found.append(statistics_test(config, schema, priced, alarm=_ALARM / 2))
+    return tuple(found)
 
 
 def _debit(site: Site, task: Task, run: Understood) -> Head:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...client.self_test import Tested, self_test
+from ...client.statistics_test import statistics_test
 from ...client.understanding import understand
 from ...config import FedveilError
 from ...data_prep.schema import schema_to_json
@@ -35,6 +36,9 @@ _PRICED = (
     "sampling_rate",
     "rounds",
     "releases_per_round",
+    "statistics",
+    "statistics_noise",
+    "statistics_units",
     "evaluations",
     "evaluation_noise",
     "figures_noise",
@@ -70,33 +74,36 @@ class Conformance:
     """What was found.
 
     Attributes:
-        tested: The self-test.
+        tested: The self-tests: of rounds, of statistics.
         debits: Of each ledger that the run folder has; none of a deployed run, where they stay at
             the sites.
     """
 
-    tested: Tested
+    tested: tuple[Tested, ...]
     debits: tuple[Debits, ...]
 
     @property
     def outcome(self) -> str:
         """Consistent, violated or inconclusive."""
         kept = all(debit.holds for debit in self.debits)
-        return self.tested.outcome if kept else "violated"
+        outcomes = {one.outcome for one in self.tested} | ({"violated"} if not kept else set())
+        worst = ("violated", "inconclusive", "consistent")
+        return next(outcome for outcome in worst if outcome in outcomes)
 
     @property
     def failed(self) -> tuple[str, ...]:
         """What did not hold."""
         ledgers = (f"ledger of {debit.site}" for debit in self.debits if not debit.holds)
-        return (*self.tested.failed, *ledgers)
+        tests = (name for one in self.tested for name in one.failed)
+        return (*tests, *ledgers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: `None` for what is infinite."""
         return {
             "verdict": self.outcome,
             "failed": list(self.failed),
-            "false_alarm_rate": self.tested.noise.alarm + self.tested.records.alarm,
-            "checks": [_plain(asdict(check)) for check in self.tested.checks],
+            "false_alarm_rate": sum(one.noise.alarm + one.records.alarm for one in self.tested),
+            "checks": [_plain(asdict(check)) for one in self.tested for check in one.checks],
             "ledgers": [{**asdict(debit), "holds": debit.holds} for debit in self.debits],
         }
 
@@ -116,8 +123,12 @@ def audit_conformance(run: Run) -> Conformance:
     _check_price(priced, told)
     debits = _debits(run, told)
     sites = priced.numbers.n if priced.shares_noise and priced.numbers else 1
-    tested = self_test(run.config, priced, sites, parameters=understood.parameters)
-    return Conformance(tested, debits)
+    tested = []
+    if priced.rounds or not priced.statistics:  # without a mechanism it says that there is none
+        tested.append(self_test(run.config, priced, sites, parameters=understood.parameters))
+    if priced.statistics:
+        tested.append(statistics_test(run.config, run.schema, priced, sites))
+    return Conformance(tuple(tested), debits)
 
 
 def _check_price(priced: Plan, told: History) -> None:
