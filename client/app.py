@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ..config import FedveilError, RunConfig
 from ..config.options import LEAST_NORM, MOST_NORM
 from ..data_prep.queries import run_workload
-from ..data_prep.schema import Schema
+from ..data_prep.schema import schema_from_json, schema_to_json
 from ..flower import ClientApp, Context, Message
 from ..models import metrics
 from ..privacy import vector
@@ -253,7 +253,8 @@ def _check_conformance(run: Understood) -> None:
         ConformanceError: A check fails.
     """
     with _one_at_a_time:
-        found = _tested(run.config, run.schema, run.priced, run.parameters)
+        text = schema_to_json(run.schema)  # which can be a key
+        found = _tested(run.config, text, run.priced, run.parameters)
     if failed := [name for tested in found for name in tested.failed]:
         raise ConformanceError(
             f"self-test: {', '.join(failed)}: is not as priced; do not run this code"
@@ -266,12 +267,13 @@ _one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=4)
-def _tested(config: RunConfig, schema: Schema, priced: Plan, parameters: int) -> tuple[Tested, ...]:
+def _tested(config: RunConfig, schema: str, priced: Plan, parameters: int) -> tuple[Tested, ...]:
     found = []
     if priced.rounds:
         found.append(self_test(config, priced, parameters=parameters, alarm=_ALARM / 2))
     if priced.statistics:
-        found.append(statistics_test(config, schema, priced, alarm=_ALARM / 2))
+        asked = schema_from_json(schema)
+        found.append(statistics_test(config, asked, priced, alarm=_ALARM / 2))
     return tuple(found)
 
 

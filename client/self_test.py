@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from ..privacy.ledger import Ledger
 from ..privacy.limits import Lifetime
 from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
-from ..privacy.plan import PartName, Plan
+from ..privacy.plan import Plan
 from .site import Side
 from .training import clipped_update, gradient_sum
 
@@ -104,7 +105,7 @@ class Tried:
             before masking, through the code of a round.
     """
 
-    part: PartName
+    part: Literal["rounds", "statistics"]
     block: str
     own: Own
 
@@ -385,10 +386,17 @@ SLOTS = Family(
 ROUNDS = Tried("rounds", "update", _own)
 
 
+def _of(tried: Tried, priced: Plan, commits: int) -> Plan:
+    """A plan with so many releases of what is tried."""
+    if tried.part == "statistics":
+        return replace(priced, statistics=commits)
+    return replace(priced, rounds=commits)
+
+
 def _committed(tried: Tried, priced: Plan) -> _Committed:
     """Debits the trial's releases from a ledger of its own; what that ledger then says."""
     commits = math.ceil(STEPS / _per_commit(priced))
-    asked = order("self-test", "", "public-records", replace(priced, **{tried.part: commits}))
+    asked = order("self-test", "", "public-records", _of(tried, priced, commits))
     with TemporaryDirectory(prefix="fedveil-") as folder:
         path = Path(folder) / "ledger.sqlite"
         Ledger.create(path, "self-test", simulated=True)

@@ -74,7 +74,7 @@ def learn(scaling: Scaling, statistics: Noisy, schema: TableSchema) -> None:
         counts, edges, std = fine_histogram(column, statistics, schema)
         if counts.sum() <= _LOUD * std * np.sqrt(len(counts)):
             continue
-        ends = (1 - _IDENTITY) * quantiles(counts, edges, share) + _IDENTITY * share
+        ends = (1 - _IDENTITY) * quantiles(counts, edges, [*share]) + _IDENTITY * share
         ends[0], ends[-1] = 0.0, 1.0
         scaling.shift[index] = torch.from_numpy(ends - share).float()
         scaling.fill[index] = 0.5  # the median's place among the others

@@ -88,6 +88,6 @@ def _train(kind: Family, module: nn.Module, records: Batch, generator: torch.Gen
         rows = torch.randint(len(records.y), (_BATCH,), generator=generator)
         batch = Batch(records.x[rows], records.y[rows])
         optimiser.zero_grad()
-        kind.example_losses(module, batch, generator).mean().backward()
+        kind.example_losses(module, batch, generator).mean().backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
