@@ -168,6 +168,7 @@ def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
         round=point.state.round,
         lost=list(range(point.state.round + 1, asked.round + 1)),
         lost_evaluations=asked.evaluation - point.evaluated.count,
+        lost_statistics=bool(asked.statistics) and not point.described,
         epsilon=run.priced.epsilon_after(*asked),
         damaged=damaged,
         privacy=run.priced.as_dict(),

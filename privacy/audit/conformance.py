@@ -53,9 +53,9 @@ class Debits:
 
     Attributes:
         site: Its name.
-        made: Rounds committed.
+        made: Rounds committed, the one of statistics among them.
         took_part: Rounds that its part is in, by the run's events.
-        asked: The last round that the sites were asked for.
+        asked: How many rounds the sites were asked for.
     """
 
     site: str
@@ -146,7 +146,10 @@ def _debits(run: Run, told: History) -> tuple[Debits, ...]:
     if not any((run.path / name).is_dir() for name in _SIMULATED):
         return ()
     asked = max([one.number for one in told.rounds] + list(told.lost), default=0)
+    asked += told.described is not None or told.lost_statistics
     away: dict[str, int] = {}
+    for site, _ in told.described.dropped if told.described else ():
+        away[site_name(site)] = 1
     for absence in told.absences:
         name = site_name(absence.site)
         away[name] = away.get(name, 0) + len(absence.rounds)
@@ -155,8 +158,9 @@ def _debits(run: Run, told: History) -> tuple[Debits, ...]:
     for name in (site_name(number) for number in range(1, told.sites + 1)):
         # Of a ledger that is not there nothing was committed.
         book = verify(files[name]).books.runs.get(told.run_id) if name in files else None
-        made = book.made.get("rounds", 0) if book else 0
-        found.append(Debits(name, made, len(told.rounds) - away.get(name, 0), asked))
+        made = sum(book.made.get(part, 0) for part in ("statistics", "rounds")) if book else 0
+        told_of = len(told.rounds) + (told.described is not None)
+        found.append(Debits(name, made, told_of - away.get(name, 0), asked))
     return tuple(found)
 
 
