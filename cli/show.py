@@ -91,7 +91,8 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
             if event["event"] in {"run", "resumed"}:
                 target = event["privacy"]["target_epsilon"]
                 bar.start_task(task)
-                bar.update(task, total=event["privacy"]["rounds"], visible=True)
+                rounds = event["privacy"]["rounds"]
+                bar.update(task, total=rounds, visible=rounds > 0)
                 if event["event"] == "resumed":
                     _print_resumed(event, console)
                     bar.update(task, completed=event["round"] + len(event["lost"]))
