@@ -102,7 +102,7 @@ def _same(again: Any, cleaned: Any) -> bool:  # noqa: ANN401
     if isinstance(cleaned, pl.DataFrame):
         return cleaned.equals(again)
     if isinstance(cleaned, Texts):
-        return cleaned == again
+        return bool(cleaned == again)
     return np.array_equal(again.pixels, cleaned.pixels) and np.array_equal(
         again.labels, cleaned.labels
     )

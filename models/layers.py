@@ -38,8 +38,8 @@ class Table(nn.Module):
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Sets all parameters from public randomness: Kaiming-uniform weights, zero biases.
 
-    `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Lookup` and
-    `Table` start at zero.
+    `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Lookup`
+    and `Table` start at zero.
 
     Raises:
         TypeError: A layer of another kind has parameters: say here how they start.

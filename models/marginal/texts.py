@@ -128,7 +128,7 @@ def sample(
     going = torch.ones(n, dtype=torch.bool)
     for place in range(3, 3 + length):
         rows = going.nonzero()[:, 0]
-        for some in rows.split(_PLACES):
+        for some in torch.split(rows, _PLACES):
             chances = _next(runs, tokens[some, place - 3 : place]).double().exp()
             if place == 3:
                 chances[:, EDGE] = 0  # no record is empty
@@ -147,7 +147,9 @@ def scores(module: nn.Module, batch: Batch) -> Tensor:
     tokens = (batch.x * PADDING).round().clamp(0, PADDING).to(torch.int64)
     rows = max(1, _PLACES // tokens.shape[1])
     dtype = runs.pairs.values.dtype
-    return torch.cat([torch.zeros(0, dtype=dtype), *(_scored(runs, t) for t in tokens.split(rows))])
+    return torch.cat(
+        [torch.zeros(0, dtype=dtype), *(_scored(runs, some) for some in torch.split(tokens, rows))]
+    )
 
 
 def score_bounds(module: nn.Module) -> tuple[float, float]:
