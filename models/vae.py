@@ -46,7 +46,7 @@ class Vae(nn.Module):
         self.encoder, self.decoder, features = (
             _conv_halves(options, schema, self.classes)
             if isinstance(schema, ImageSchema)
-            else _dense_halves(options, schema, self.classes)
+            else _dense_halves(options, _table(self), self.classes)
         )
         self.posterior = nn.Linear(features, 2 * options.latent)
         if isinstance(schema, TableSchema) and self.reconstruction == "mse" and schema.numeric:
@@ -269,7 +269,7 @@ def score_bounds(module: nn.Module) -> tuple[float, float]:
     vae = _vae(module)
     if isinstance(vae.schema, ImageSchema):
         return -float(math.prod(vae.schema.shape)), 0.0
-    columns = vae.schema.features
+    columns = _table(vae).features
     guesses = [math.log(column.levels) for column in columns if column.kind == "categorical"]
     low = -(2.0 * len(columns) + sum(guesses) + math.log(max(vae.classes, 1)))
     numbers = len(columns) - len(guesses)
@@ -283,4 +283,5 @@ FAMILY = Family(
     scores=scores,
     score_bounds=score_bounds,
     trainable=trainable,
+    modalities=("table", "image"),
 )

@@ -58,7 +58,8 @@ def line(call: Callable[[], object], kind: type[FedveilError] = ConfigError) -> 
 class TestWhatIsAsked:
     def test_in_numbers(self, run: Held) -> None:
         assert run.asks == {
-            "name": "heart", "family": "vae", "parameters": 1234, "rounds": 7, "sites": 5,
+            "name": "heart", "family": "vae", "parameters": 1234, "rounds": 7, "statistics": False,
+            "sites": 5,
             "unit": "record", "mechanism": "distributed", "encryption": "secagg",
             "epsilon": 2.00001, "delta": 1.01e-5, "n_min": 4, "t_collude": 1,
             "coordinator": (b"c" * 32).hex(),
