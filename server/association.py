@@ -112,12 +112,12 @@ def cramers_v(
         total_noise: Standard deviation of its noise.
     """
     rows, columns = (_indicator(one) for one in margins)
+    p, q = (one.shares for one in margins)
     spread = np.sqrt(rows @ noise**2 @ columns.T)
-    left, right = (_centred(one.shares) for one in margins)
-    seen = left @ (rows @ counts @ columns.T) @ right.T
+    seen = _residual(rows @ counts @ columns.T, p, q)
     most = math.sqrt(min(spread.shape) - 1)
     length = math.sqrt(float((seen**2).sum()))
-    added = float((left**2).sum(axis=0) @ spread**2 @ (right**2).sum(axis=0))
+    added = float((1 / p - 1) @ spread**2 @ (1 / q - 1))  # the mean of |g|^2 of noise alone
     null = _draws(seen / max(length, 1e-300), spread, margins, (total, total_noise))
     tail = (1 - LEVEL) / 2
     observed = (length / total) ** 2
@@ -179,7 +179,7 @@ def _draws(
     normals = _normals()
     p = _redrawn(margins[0], normals[:, -1, :rows])
     q = _redrawn(margins[1], normals[:, :columns, -1])
-    noise = _centred(p) @ (normals[:, :rows, :columns] * spread) @ np.swapaxes(_centred(q), 1, 2)
+    noise = _residual(normals[:, :rows, :columns] * spread, p, q)
     weights = np.sqrt((margins[0].shares / p)[:, :, None] * (margins[1].shares / q)[:, None, :])
     signal = direction * weights
     return _Draws(
@@ -203,10 +203,12 @@ def _indicator(one: Margin) -> np.ndarray:
     return np.asarray(np.arange(len(one.shares))[:, None] == one.group, dtype=np.float64)
 
 
-def _centred(shares: np.ndarray) -> np.ndarray:
-    """(I - p 1') / sqrt(p), [..., groups, groups]."""
-    whole: np.ndarray = np.eye(shares.shape[-1]) - shares[..., None]
-    return whole / np.sqrt(shares)[..., None]
+def _residual(table: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """What the margins do not explain, over the root of what they do: g, [..., rows, columns]."""
+    p, q = p[..., :, None], q[..., None, :]
+    across = table - p * table.sum(axis=-2, keepdims=True)
+    both: np.ndarray = across - q * across.sum(axis=-1, keepdims=True)
+    return both / np.sqrt(p * q)
 
 
 @cache

@@ -65,29 +65,47 @@ def share_ranges(counts: np.ndarray, noise: np.ndarray) -> list[Range]:
     return found
 
 
-def quantile_cells(counts: np.ndarray, noise: np.ndarray, q: float) -> tuple[int, int]:
-    """First and last cell that may hold a quantile.
+def quantile_cells(
+    counts: np.ndarray, sizes: np.ndarray, coarse: float, fine: float, q: float
+) -> tuple[int, int]:
+    """First and last of a number's finer cells that may hold a quantile.
 
     A cell is left out where the noised counts speak against it: its lower edge is too high, or its
     upper edge too low, for a part `q` to lie below, each at half of what `LEVEL` leaves. The cell
     that holds the quantile without noise is thus left out at most so often, whatever the counts.
 
     Args:
-        counts: [cells] noised, in order.
-        noise: [cells] standard deviations, independent of one another.
+        counts: [finer cells] noised, shifted within each cell so that they add up to its own count.
+        sizes: [cells] int64, how many finer cells each has.
+        coarse: Standard deviation of the noise of a cell.
+        fine: That of a finer cell before it was shifted.
         q: Which part of the records lies below, 0 to 1.
     """
-    squares = noise**2
-    below = np.concatenate([[0.0], np.cumsum(counts)])
-    spread = np.concatenate([[0.0], np.cumsum(squares)])
-    total, variance = below[-1], spread[-1]
-    if total <= Z * math.sqrt(variance):
+    total, whole = float(counts.sum()), len(sizes)
+    if total <= Z * coarse * math.sqrt(whole):
         return 0, len(counts) - 1
     # Of each edge: how many more lie below it than a part q of all.
-    excess = below - q * total
-    slack = Z * np.sqrt((1 - q) ** 2 * spread + q**2 * (variance - spread)) + 1e-9 * total
+    excess = np.concatenate([[0.0], np.cumsum(counts)]) - q * total
+    slack = Z * _edge_noise(sizes, coarse, fine, q) + 1e-9 * total
     held = np.flatnonzero((excess[:-1] <= slack[:-1]) & (excess[1:] >= -slack[1:]))
     return int(held[0]), int(held[-1])
+
+
+def _edge_noise(sizes: np.ndarray, coarse: float, fine: float, q: float) -> np.ndarray:
+    """Standard deviation of (1 - q) x (count below) - q x (count above), at each finer edge.
+
+    Of the cell that the edge is within, a part f of the finer cells is below. The shift leaves f of
+    the cell's own noise there, and of m finer ones' noise what does not show in the cell's sum.
+    """
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    edges = np.arange(ends[-1] + 1)
+    cell = np.minimum(np.searchsorted(ends, edges, side="right") - 1, len(sizes) - 1)
+    inside = edges - ends[cell]
+    f = inside / sizes[cell]
+    below, above = cell, len(sizes) - 1 - cell
+    own = (1 - q) ** 2 * below + q**2 * above + (f - q) ** 2
+    spread: np.ndarray = np.sqrt(coarse**2 * own + fine**2 * inside * (1 - f))
+    return spread
 
 
 def _within(share: float) -> float:
