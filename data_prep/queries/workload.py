@@ -26,12 +26,14 @@ class Query:
         shape: Of its answer.
         norm: L2 bound of what one record adds to the answer.
         weight: What the answer is multiplied by in the vector.
+        columns: What it is about, where the records have columns.
     """
 
     name: str
     shape: tuple[int, ...]
     norm: float = 1.0
     weight: float = 1.0
+    columns: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
