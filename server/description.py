@@ -96,7 +96,8 @@ def _column(about: Cells, column: Column, counts: np.ndarray, noise: np.ndarray)
     shares = [{"name": n, **_fact(r)} for n, r in zip(names, ranges, strict=True)]
     if column.kind == "categorical":
         return found | {"levels": shares}
-    return found | {"declared": list(column.bounds or ()), "cells": shares}
+    found |= {"declared": list(column.bounds or ()), "transform": column.transform}
+    return found | {"cells": shares}
 
 
 def _quantiles(column: Column, statistics: Noisy, schema: TableSchema) -> list[dict[str, Any]]:
