@@ -41,9 +41,9 @@ class Association:
 
     Attributes:
         value: Less what noise adds on average.
-        low: Lower end of its interval; above 0 only if the table is above `floor`.
+        low: Lower end of its interval; above 0 only if the value is above `floor`.
         high: Upper end; with `low` at 0 it is never below `floor`.
-        floor: What the noise of two independent columns stays below in 97.5 % of all cases.
+        floor: What the value of two independent columns stays below in 97.5 % of all cases.
     """
 
     value: float
@@ -123,7 +123,8 @@ def cramers_v(
     observed = (length / total) ** 2
     value = math.sqrt(max(length**2 - added, 0.0)) / total / most
     low, high = (null.inverted(observed, part, most) / most for part in (1 - tail, tail))
-    floor = math.sqrt(float(np.quantile(null.at(0.0), 1 - tail))) / most
+    above = float(np.quantile(null.at(0.0), 1 - tail)) - added / total**2
+    floor = math.sqrt(max(above, 0.0)) / most
     value, low, high, floor = (min(one, 1.0) for one in (value, low, high, floor))
     # A table that shows less than noise usually does rules nothing out up to its floor.
     return Association(value, min(low, value), max(high, value, 0.0 if low else floor), floor)

@@ -6,26 +6,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from .bars import WIDTH, Box
+from .intervals import BELOW, FEW
 
 _ROW, _THICK = 30, 8  # of lying bars
 _MOST_ROWS = 12
 _MOST_PAIRS = 20
-_STRIP = 200  # width of a number's strip
+_STRIP = 140  # width of a number's strip
 _SIDES = (14, 34)  # of a heat map's cell, at least and at most
 _ROOM = 600  # for a heat map's cells
 _PRINTED = 28  # in cells of this side the value is printed
 _NAME = 190  # room for a column's name
+
+_SHORT = {BELOW: "below the noise", FEW: FEW}
 
 Fact = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Group:
-    """A category: its share with its interval, and where that is drawn."""
+    """A category: its share with its interval, in words and in short, and where that is drawn."""
 
     name: str
-    value: str
-    interval: str
+    words: str
+    short: str
     told: str
     bar: Box
     line: Box
@@ -108,7 +111,7 @@ class Federation:
         numbers: With their quantiles.
         groups: Of categorical columns but the label.
         heat: Of the pairs that were asked; none where there are none.
-        strongest: Those clear of the noise, largest first.
+        strongest: Those clear of the noise, by the lower end of their interval.
         clear: How many are.
         pairs: How many were asked.
     """
@@ -138,7 +141,7 @@ def federation(facts: Fact) -> Federation:
     columns, pairs = facts.get("columns", []), facts.get("pairs", [])
     total = facts.get("total")
     groups = [_groups(column) for column in columns if "levels" in column]
-    clear = sorted((p for p in pairs if not p["told"]), key=lambda p: -p["value"])
+    clear = sorted((p for p in pairs if not p["told"]), key=lambda p: -p["low"])
     missing = sorted((c for c in columns if "missing" in c), key=lambda c: -c["missing"]["value"])
     return Federation(
         epsilon=facts.get("epsilon"),
@@ -188,7 +191,10 @@ def _group(level: Fact, place: int, top: float) -> Group:
     value, low, high = (WIDTH * min(level[k] / top, 1.0) for k in ("value", "low", "high"))
     bar = Box(0.0, y, round(value, 1), _THICK)
     line = Box(round(low, 1), y, round(high - low, 1), _THICK)
-    return Group(level["name"], *_percents(level), level["told"], bar, line)
+    told, (share, interval) = level["told"], _percents(level)
+    words = f"{level['name']}: {share} ({interval}){', ' if told else ''}{told}"
+    short = _SHORT.get(told, f"{share} ({interval.removesuffix(' %').replace(' to ', '-')})")
+    return Group(level["name"], words, short, told, bar, line)
 
 
 def _number(column: Fact) -> Number:
@@ -221,7 +227,7 @@ def _heat(names: Sequence[str], pairs: Sequence[Fact], clear: Sequence[Fact]) ->
     for pair in pairs:
         row, column = sorted((places[name] for name in pair["columns"]), reverse=True)
         share = None if pair["told"] else float(pair["value"])
-        text = f"{share:.2f}".lstrip("0") if share is not None and side >= _PRINTED else ""
+        text = _printed(pair) if share is not None and side >= _PRINTED else ""
         words = f"{' and '.join(pair['columns'])}: {_in_words(pair)}"
         squares.append(Square(column * side, row * side, share, words, text))
     labels = [(side * i + 6.0, side * i + side / 2 + 4, name) for i, name in enumerate(names)]
@@ -230,6 +236,12 @@ def _heat(names: Sequence[str], pairs: Sequence[Fact], clear: Sequence[Fact]) ->
     words += f". Strongest: {strongest}" if strongest else ""
     width, height = side * len(names) + _NAME, side * len(names)
     return HeatMap(side, tuple(labels), tuple(squares), words, width, height)
+
+
+def _printed(pair: Fact) -> str:
+    """To two places, with a question mark where the interval is wider than the value."""
+    wide = pair["high"] - pair["low"] > pair["value"]
+    return f"{pair['value']:.2f}".removeprefix("0") + "?" * wide
 
 
 def _in_words(pair: Fact) -> str:
