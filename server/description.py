@@ -8,6 +8,7 @@ Every figure has an interval for the noise of the mechanism. It is not one for s
 """
 
 import math
+from collections.abc import Collection
 from itertools import combinations
 from typing import Any
 
@@ -28,6 +29,7 @@ from .intervals import LEVEL, Z, Range, quantile_cells, share_ranges
 
 PARTS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Which quantiles of a number are given."""
+_PLACES = 6  # after the point, at most
 WITHIN = "within its noise"
 ONE_GROUP = "no two groups of a column are clear of the noise"
 _ABOUT = {
@@ -36,6 +38,18 @@ _ABOUT = {
     "shares": "Fieller's interval for a ratio of normals",
     "quantiles": "the cells that the noised counts on either side do not speak against, whole",
     "association": "parametric bootstrap, inverted; 500 draws from a fixed public seed",
+}
+_SMALL, _CAPITAL = range(ord("a"), ord("z") + 1), range(ord("A"), ord("Z") + 1)
+_DIGITS, _BLANKS = range(ord("0"), ord("9") + 1), b" \t\r\n"
+_OTHERS = set(range(33, 127)) - {*_SMALL, *_CAPITAL, *_DIGITS}
+_CHARACTERS: dict[str, Collection[int]] = {
+    "small letters": _SMALL,
+    "capital letters": _CAPITAL,
+    "digits": _DIGITS,
+    "blanks": _BLANKS,
+    "punctuation and signs": sorted(_OTHERS),
+    "control characters": sorted({*range(33), 127} - {*_BLANKS}),
+    "bytes beyond ASCII": range(128, 256),
 }
 
 
@@ -51,13 +65,15 @@ def describe(statistics: Noisy, schema: Schema) -> dict[str, Any]:
     Returns:
         `units` (declared), `interval` (what its intervals are), `total` (records, as noised), and
         `columns`: each with its name and kind; `missing`, the share of records without it;
-        `levels`, shares of its categories; `declared`, `quantiles` and `cells` of a number in its
+        `levels`, shares of its categories (of a text, of kinds of characters); `declared`, `quantiles` and `cells` of a number in its
         own units. `pairs`: Cramer's V of two columns with its interval and its floor. Each figure
         is a `value` between `low` and `high`; `told` is empty, or why it lets nothing be said.
     """
     found: dict[str, Any] = {"units": statistics.units, "interval": _ABOUT}
     if isinstance(schema, TableSchema):
         return found | _table(statistics, schema)
+    if "bytes" in statistics.values:
+        return found | {"columns": [_characters(statistics)]}
     return found
 
 
@@ -75,7 +91,17 @@ def _table(statistics: Noisy, schema: TableSchema) -> dict[str, Any]:
     total, spread = table_of((), statistics, schema)
     said = Range(float(total), float(total) - Z * spread, float(total) + Z * spread)
     pairs = _pairs(described, margins, statistics, schema, (float(total), spread))
-    return {"total": _fact(said, 5), "columns": columns, "pairs": pairs}
+    return {"total": _fact(said), "columns": columns, "pairs": pairs}
+
+
+def _characters(statistics: Noisy) -> dict[str, Any]:
+    """Kinds of characters in texts, of their bytes; a text's weigh less if it was clipped."""
+    counts, square = statistics.values["bytes"], statistics.noise["bytes"] ** 2
+    sums = np.array([counts[list(members)].sum() for members in _CHARACTERS.values()])
+    noise = np.sqrt([len(members) * square for members in _CHARACTERS.values()])
+    shares = zip(_CHARACTERS, share_ranges(sums, noise), strict=True)
+    levels = [{"name": name, **_fact(found)} for name, found in shares]
+    return {"name": "characters", "kind": "text", "label": False, "levels": levels}
 
 
 def _counts(
@@ -139,7 +165,7 @@ def _in_units(column: Column, encoded: np.ndarray) -> list[float]:
         least, most = (int(end) for end in column.bounds or (low, high))
         low, high = max(min(low, value), least), min(max(high, value), most)
         return [low, min(max(value, low), high), high]
-    return [_rounded(end, 5) for end in (low, value, high)]
+    return [float(f"{end:.5g}") for end in (low, value, high)]
 
 
 def _pairs(
@@ -160,16 +186,14 @@ def _pairs(
             continue
         v = cramers_v(*_counts(pair, statistics, schema), (first, second), *total)
         told = "" if v.low > 0 else WITHIN
-        figures = _fact(Range(v.value, v.low, v.high)) | {"floor": _rounded(v.floor), "told": told}
-        found.append({"columns": list(pair), **figures})
+        figures = _fact(Range(v.value, v.low, v.high)) | {"told": told}
+        found.append({"columns": list(pair), **figures, "floor": round(v.floor, 4)})
     return found
 
 
-def _fact(found: Range, digits: int = 4) -> dict[str, Any]:
+def _fact(found: Range) -> dict[str, Any]:
+    """To three digits of the interval's width: the noise leaves no more."""
     ends = {"value": found.value, "low": max(found.low, 0.0), "high": found.high}
-    return {key: _rounded(end, digits) for key, end in ends.items()} | {"told": found.told}
-
-
-def _rounded(value: float, digits: int = 4) -> float:
-    """To so many digits, for the noise leaves no more."""
-    return float(f"{value:.{digits}g}")
+    width = ends["high"] - ends["low"]
+    places = min(2 - math.floor(math.log10(width)), _PLACES) if width > 0 else _PLACES
+    return {key: round(end, places) for key, end in ends.items()} | {"told": found.told}
