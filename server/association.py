@@ -1,4 +1,4 @@
-"""How strongly two columns go together: Cramer's V of a noised table, and what its noise leaves open.
+"""How strongly two columns go together: Cramer's V of a noised table, and what noise leaves open.
 
 Noise alone makes a table look associated. What it adds on average is taken off, and the interval is
 all values of V under which the table seen is not unlikely: a parametric bootstrap with a fixed
@@ -151,7 +151,8 @@ class _Draws:
     def at(self, phi: float) -> np.ndarray:
         length = phi * self.total
         squares: np.ndarray = length**2 * self.square + 2 * length * self.along + self.alone
-        return np.maximum(squares, 0.0) / self.totals**2
+        found: np.ndarray = np.maximum(squares, 0.0) / self.totals**2
+        return found
 
     def inverted(self, observed: float, part: float, most: float) -> float:
         """The phi under which a part of all draws lies below what was observed.
@@ -208,8 +209,9 @@ def _residual(table: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """What the margins do not explain, over the root of what they do: g, [..., rows, columns]."""
     p, q = p[..., :, None], q[..., None, :]
     across = table - p * table.sum(axis=-2, keepdims=True)
-    both: np.ndarray = across - q * across.sum(axis=-1, keepdims=True)
-    return both / np.sqrt(p * q)
+    both = across - q * across.sum(axis=-1, keepdims=True)
+    found: np.ndarray = both / np.sqrt(p * q)
+    return found
 
 
 @cache

@@ -15,15 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..data_prep.queries import Noisy
-from ..data_prep.queries.cells import Cells, own_units
-from ..data_prep.queries.tables import (
-    cells,
-    fine_histogram,
-    has_table,
-    quantiles,
-    table_of,
-)
-from ..data_prep.schema import Column, ImageSchema, Schema, TableSchema
+from ..data_prep.queries.cells import Cells, cells, own_units
+from ..data_prep.queries.tables import fine_histogram, has_table, quantiles, table_of
+from ..data_prep.schema import Column, Schema, TableSchema
 from .association import Margin, cramers_v, margin
 from .intervals import LEVEL, Z, Range, quantile_cells, share_ranges
 
@@ -65,9 +59,10 @@ def describe(statistics: Noisy, schema: Schema) -> dict[str, Any]:
     Returns:
         `units` (declared), `interval` (what its intervals are), `total` (records, as noised), and
         `columns`: each with its name and kind; `missing`, the share of records without it;
-        `levels`, shares of its categories (of a text, of kinds of characters); `declared`, `quantiles` and `cells` of a number in its
-        own units. `pairs`: Cramer's V of two columns with its interval and its floor. Each figure
-        is a `value` between `low` and `high`; `told` is empty, or why it lets nothing be said.
+        `levels`, shares of its categories (of a text, of kinds of characters); of a number,
+        `declared` bounds, `quantiles` in its own units and `cells`, shares of parts of its range.
+        `pairs`: Cramer's V of two columns with its interval and its floor. Each figure is a `value`
+        between `low` and `high`; `told` is empty, or why it lets nothing be said.
     """
     found: dict[str, Any] = {"units": statistics.units, "interval": _ABOUT}
     if isinstance(schema, TableSchema):
@@ -176,7 +171,7 @@ def _pairs(
     total: tuple[float, float],
 ) -> list[dict[str, Any]]:
     """Cramer's V of every two columns that were asked for together."""
-    found = []
+    found: list[dict[str, Any]] = []
     for pair in combinations((about.column for about in described), 2):
         if not has_table(pair, statistics):
             continue

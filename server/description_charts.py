@@ -12,7 +12,7 @@ _ROW, _THICK = 30, 8  # of lying bars
 _MOST_ROWS = 12
 _MOST_PAIRS = 20
 _STRIP = 140  # width of a number's strip
-_SIDES = (14, 34)  # of a heat map's cell, at least and at most
+_SIDES = (14, 40)  # of a heat map's cell, at least and at most
 _ROOM = 600  # for a heat map's cells
 _PRINTED = 28  # in cells of this side the value is printed
 _NAME = 190  # room for a column's name
@@ -240,7 +240,7 @@ def _heat(names: Sequence[str], pairs: Sequence[Fact], clear: Sequence[Fact]) ->
 
 def _printed(pair: Fact) -> str:
     """To two places, with a question mark where the interval is wider than the value."""
-    wide = pair["high"] - pair["low"] > pair["value"]
+    wide = bool(pair["high"] - pair["low"] > pair["value"])
     return f"{pair['value']:.2f}".removeprefix("0") + "?" * wide
 
 

@@ -1,4 +1,4 @@
-"""Cramer's V of noised tables: hand-computed values, its floor, and how often it holds the truth."""
+"""Cramer's V of noised tables: hand-computed values, its floor, its coverage."""
 
 import math
 

@@ -229,8 +229,9 @@ class TestOtherKinds:
         found = {level["name"]: level["value"] for level in facts["columns"][0]["levels"]}
         sixth = round(1 / 6, 6)
         assert found == {
-            "small letters": round(1 / 3, 6), "capital letters": sixth, "digits": sixth, "blanks": sixth,
-            "punctuation and signs": sixth, "control characters": 0.0, "bytes beyond ASCII": 0.0,
+            "small letters": round(1 / 3, 6), "capital letters": sixth, "digits": sixth,
+            "blanks": sixth, "punctuation and signs": sixth, "control characters": 0.0,
+            "bytes beyond ASCII": 0.0,
         }  # fmt: skip
 
     def test_a_kind_of_characters_has_the_noise_of_all_its_bytes(self) -> None:

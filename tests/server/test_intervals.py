@@ -58,7 +58,8 @@ class TestShares:
         hits = np.zeros(4)
         for _ in range(draws):
             found = share_ranges(counts + rng.normal(0, noise), noise)
-            hits += [one.low <= share <= one.high for one, share in zip(found, counts / 1000)]
+            pairs = zip(found, counts / 1000, strict=True)
+            hits += [one.low <= share <= one.high for one, share in pairs]
         least, most = (binom.ppf(part, draws, LEVEL) for part in (FALSE_ALARM, 1 - FALSE_ALARM))
         assert (hits >= least).all()
         assert (hits <= most).all()
