@@ -198,7 +198,7 @@ def _described(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
     replies = _ask(run, point, asked, None, training=False, describing=True)
     replied = time.perf_counter()
     found = statistics.released(replies, run.config, run.schema, run.priced, coins)
-    statistics.keep(run.folder, found, run.run_id)
+    noisy = statistics.keep(run.folder, found, run.run_id, run.config, run.schema, run.priced)
     run.tell(
         "statistics",
         epsilon=run.priced.epsilon_after(*asked),
@@ -209,7 +209,6 @@ def _described(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
         seconds=_seconds(sites=replied - began, server=time.perf_counter() - replied),
     )
     point = replace(point, described=True, ledgers={**point.ledgers, **replies.ledgers})
-    noisy = statistics.kept(run.folder, run.config, run.schema, run.priced)
     point = replace(point, state=_begun(run, point.state, noisy))
     run.folder.save_checkpoint(replace(point, seconds=_total(run, point)))
     return point

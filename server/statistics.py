@@ -16,11 +16,15 @@ from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan
 from .aggregation import summed
+from .description import describe
 from .replies import Collected
 from .store import RunFolder
 
 FILE = "statistics.safetensors"
 """The released vector, in the run folder."""
+
+DESCRIPTION = "statistics.json"
+"""What it says of the federation's data."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,20 @@ def released(
     return Released(asked, vector, rounded * math.sqrt(collected.noises))
 
 
-def keep(folder: RunFolder, found: Released, run_id: str) -> None:
-    """Writes the released vector into the run folder; it is as public as the model."""
+def keep(
+    folder: RunFolder, found: Released, run_id: str, config: RunConfig, schema: Schema, plan: Plan
+) -> Noisy:
+    """Writes what was released into the run folder, and in words what it says of the data.
+
+    It is as public as the model.
+    """
     facts = {"run_id": run_id, "scale": found.scale}
     folder.write(FILE, to_bytes({"answers": found.vector}, facts))
+    answers = noisy(found.asked, found.vector, found.scale, config.trained)
+    said = describe(answers, schema)
+    said |= {"epsilon": plan.statistics_epsilon, "unit": plan.unit}
+    folder.write_json(DESCRIPTION, said)
+    return answers
 
 
 def kept(folder: RunFolder, config: RunConfig, schema: Schema, plan: Plan) -> Noisy:
