@@ -177,8 +177,11 @@ class Statistics(Options):
         "three names, for who knows the columns that matter. Default: every two columns together "
         "with the label, as far as the noise leaves something of them.",
     )
-    max_cells: Count = Field(
-        200_000, description="Most cells that all queries of the round together may have."
+    max_cells: int = Field(
+        200_000,
+        ge=1,
+        le=4_000_000,
+        description="Most cells that all queries of the round together may have.",
     )
 
 
