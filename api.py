@@ -135,7 +135,7 @@ def resolve(
     schema = run_schema(config)
     check_unit(config, schema)
     check_modality(config.model.family, schema)
-    return config.resolved(), schema
+    return config.resolved(schema.modality), schema
 
 
 def load(path: Path | str) -> "Run":

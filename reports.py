@@ -59,6 +59,7 @@ def read_sources(run: "Run") -> Sources:
     if not events:
         raise FedveilError(f"{path}: holds no readable events.jsonl; is it a run folder?")
     config, environment = path / "config.toml", path / "environment.json"
+    told = path / "statistics.json"
     schema = run.schema if (path / "schema.json").exists() else None
     return Sources(
         folder=path.resolve().name,
@@ -70,6 +71,7 @@ def read_sources(run: "Run") -> Sources:
         point=_checkpoint(folder),
         synthetic=_synthetic(run) if run.finished and schema is not None else None,
         # A table's shows what the marginals show.
+        statistics=folder.read_json("statistics.json") if told.exists() else None,
         samples=_samples(path) if schema is not None and schema.modality == "image" else None,
         texts=_texts(run) if run.finished and schema is not None else (),
     )

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 MechanismName = Literal["distributed", "central", "local", "site", "none"]
 StrategyName = Literal["sgd", "adam", "fedavg", "fedprox", "fedadam", "median"]
@@ -31,7 +31,12 @@ class Federation(Options):
 
     name: str = Field("fedveil", pattern=NAME, description="Run name.")
     sites: Count = Field(10, description="Number of sites (simulated ones, in a simulation).")
-    rounds: int = Field(200, ge=1, le=100_000, description="Rounds of training.")
+    rounds: int = Field(
+        200,
+        ge=0,
+        le=100_000,
+        description="Rounds of training; none where the statistics have the whole budget.",
+    )
     seed: int = Field(
         0,
         ge=0,
@@ -160,9 +165,18 @@ class Clean(Options):
     )
 
 
+Marginal = Annotated[tuple[str, ...], Strict(False), Field(min_length=1, max_length=3)]  # noqa: FBT003
+
+
 class Statistics(Options):
     """The one round of noisy sums that describes the federation, before any training."""
 
+    marginals: Annotated[tuple[Marginal, ...], Strict(False)] = Field(  # noqa: FBT003
+        (),
+        description="Tables: which columns are counted together, as a list of lists of one to "
+        "three names, for who knows the columns that matter. Default: every two columns together "
+        "with the label, as far as the noise leaves something of them.",
+    )
     max_cells: Count = Field(
         200_000, description="Most cells that all queries of the round together may have."
     )

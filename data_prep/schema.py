@@ -22,6 +22,8 @@ Names = Annotated[tuple[str, ...], Strict(False)]  # noqa: FBT003
 Bounds = Annotated[tuple[float, float], Strict(False)]  # noqa: FBT003
 # Left out where there is none: a confirmed schema's JSON, and its hash in a ledger, know no marks.
 Marks = Annotated[Names, Field(exclude_if=lambda names: not names)]
+# Left out while it is not set, for the same reason: hashes of schemas without it stay as they are.
+Bins = Annotated[int | None, Field(ge=2, le=100, exclude_if=lambda bins: bins is None)]
 
 
 class Column(Options):
@@ -34,6 +36,7 @@ class Column(Options):
     aliases: dict[str, str] = Field(default_factory=dict)  # other spellings of a category
     transform: Literal["none", "log1p"] = "none"
     nullable: bool = False
+    bins: Bins = None  # cells of a number in the statistics; default: about a dozen
     unconfirmed: Marks = ()
 
     @model_validator(mode="after")
@@ -52,6 +55,8 @@ class Column(Options):
             return f"aliases: {unknown[0]!r} is no declared category"
         if self.bounds or self.transform != "none":
             return "bounds and transform are for numbers"
+        if self.bins is not None:
+            return "bins are for numbers"
         return None
 
     def _number_fault(self) -> str | None:

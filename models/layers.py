@@ -39,7 +39,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Sets all parameters from public randomness: Kaiming-uniform weights, zero biases.
 
     `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Lookup`
-    and `Table` start at zero.
+    and `Table` start at zero, and a parameter that no step trains stays as it was made.
 
     Raises:
         TypeError: A layer of another kind has parameters: say here how they start.
@@ -55,7 +55,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
             known.add(id(layer.values))
             nn.init.zeros_(layer.values)
     for name, parameter in module.named_parameters():
-        if id(parameter) not in known:
+        if parameter.requires_grad and id(parameter) not in known:
             raise TypeError(f"{name}: no layer whose initial weights are declared")
     for layer in module.modules():
         if isinstance(layer, Lookup):

@@ -34,8 +34,8 @@ class Collected:
         ledgers: Count and head hash of each one's ledger.
         left: Who is in a secure sum and did not stay to its unmasking, and why.
         noises: Variance of the noise in the sum of the parts over the accounted one.
-        rounding: How many times its sensitivity a block has on the grid of a secure sum, for a
-            server that adds the noise.
+        rounding: How many times the noise that a block would need on a continuum it has, or needs,
+            on the grid of a secure sum.
     """
 
     parts: tuple[Update, ...]
@@ -111,6 +111,6 @@ def usable_replies(
 
 
 def _check_about(reply: Update | Refused, task: Task) -> None:
-    asked = task.run_id, task.round, task.evaluation
-    if (reply.run_id, reply.round, reply.evaluation) != asked:
+    asked = task.run_id, task.round, task.evaluation, task.statistics
+    if (reply.run_id, reply.round, reply.evaluation, reply.statistics) != asked:
         raise WireError("is for another run, round or evaluation")

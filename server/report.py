@@ -19,6 +19,7 @@ from ..config import FedveilError, not_below, small_not_below
 from ..data_prep.schema import Schema
 from .bars import Histogram
 from .charts import Chart
+from .description_charts import Federation, federation
 from .exhibits import Figure, attendance, epsilon_chart, figure, marginals, quality_charts
 from .history import History, history, spans
 from .store import Checkpoint, Event
@@ -45,6 +46,7 @@ class Sources:
         synthetic: One-way histograms of the released model's records, joined.
         samples: A picture of synthetic images, PNG.
         texts: Some synthetic texts.
+        statistics: What `description.describe` said, with the `epsilon` and the `unit` of it.
     """
 
     folder: str
@@ -57,6 +59,7 @@ class Sources:
     synthetic: "np.ndarray | None" = None
     samples: bytes | None = None
     texts: tuple[str, ...] = ()
+    statistics: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Facts:
         family: Of the model.
         privacy: What the run was priced as, and what is not claimed.
         accounts: Of the training and the held-out records; none without a mechanism.
+        federation: Its data, by noisy statistics.
         charts: Epsilon and quality by round.
         figures: Of the last evaluation.
         marginals: Of every column.
@@ -111,6 +115,7 @@ class Facts:
     family: str
     privacy: Mapping[str, Any]
     accounts: tuple[Account, ...]
+    federation: Federation | None
     charts: tuple[Chart, ...]
     figures: tuple[Figure, ...]
     marginals: tuple[Histogram, ...]
@@ -142,8 +147,8 @@ def render(sources: Sources) -> str:
         )
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise FedveilError(
-            f"{sources.folder}: events.jsonl or metrics.json is damaged ({error}); put a whole "
-            "copy back"
+            f"{sources.folder}: events.jsonl, metrics.json or statistics.json is damaged "
+            f"({error}); put a whole copy back"
         ) from None
 
 
@@ -170,6 +175,7 @@ def gathered(sources: Sources) -> Facts:
         family=str(finished.get("family") or config.get("model", {}).get("family", "model")),
         privacy=privacy,
         accounts=_accounts(privacy, config.get("privacy", {})),
+        federation=federation(sources.statistics) if sources.statistics else None,
         charts=(*epsilon_chart(told), *quality_charts(told)),
         figures=tuple(figure(name, found) for name, found in quality.items()),
         marginals=columns,

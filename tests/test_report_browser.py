@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import fedveil
 from fedveil.data_prep.schema import parse_schema
 from fedveil.models import histograms
 from fedveil.reports import read_sources
+from fedveil.server.description import PARTS
 from fedveil.server.report import Sources, render
 
 CHROMIUM = shutil.which("chromium")
@@ -86,8 +88,27 @@ def crowded(run: fedveil.Run) -> str:
         histograms.joined([found.synthetic[:2]] * 3) if found.synthetic is not None else None
     )
     return render(
-        Sources(long, events, config, {long: long}, schema, point=None, synthetic=synthetic)
-    )
+        Sources(
+            long, events, config, {long: long}, schema, synthetic=synthetic,
+            statistics=statistics(long),
+        )
+    )  # fmt: skip
+
+
+def statistics(long: str) -> dict[str, Any]:
+    """What noisy statistics say of thirty columns, each in every section, with long names."""
+    share = {"value": 0.123, "low": 0.012, "high": 0.234, "told": "too few to tell"}
+    parts = [{"part": q, "value": 1234567, "low": 1e6, "high": 2e6} for q in PARTS]
+    names = [f"{long}{i}" for i in range(30)]
+    columns = [
+        {"name": name, "label": name == names[0], "missing": share, "declared": [0.0, 1e9],
+         "quantiles": parts, "levels": [{"name": f"{long}{i}", **share} for i in range(30)]}
+        for name in names
+    ]  # fmt: skip
+    pairs = [{"columns": [*two], **share, "told": "", "floor": 0.1} for two in pairwise(names)]
+    total = share | {"value": 1e6, "low": 9e5, "high": 2e6}
+    found = {"units": 1e6, "interval": {"level": 0.95}, "total": total}
+    return {**found, "columns": columns, "pairs": pairs}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -26,12 +26,14 @@ class Query:
         shape: Of its answer.
         norm: L2 bound of what one record adds to the answer.
         weight: What the answer is multiplied by in the vector.
+        columns: What it is about, where the records have columns.
     """
 
     name: str
     shape: tuple[int, ...]
     norm: float = 1.0
     weight: float = 1.0
+    columns: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -63,6 +65,15 @@ class Workload:
     def sensitivity(self) -> float:
         """L2 bound of what one privacy unit adds to the vector, as it is accounted for."""
         return self.norm * SLACK
+
+    def size(self, units: float) -> tuple[int, float]:
+        """Coordinates of the vector, and its norm where one unit adds `units` records."""
+        return self.length, self.sensitivity * units
+
+    @property
+    def peak(self) -> float:
+        """What one record adds at most to any coordinate of the vector."""
+        return max(query.weight * query.norm for query in self.queries)
 
     def spans(self) -> Iterator[tuple[Query, slice]]:
         """Where each query stands in the vector."""

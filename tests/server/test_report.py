@@ -3,7 +3,7 @@
 import math
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from fedveil.data_prep.schema import Schema, parse_schema
 from fedveil.models import histograms
 from fedveil.server.aggregation import ServerState
 from fedveil.server.evaluation import Evaluated
+from fedveil.server.intervals import BELOW, FEW
 from fedveil.server.report import Sources, gathered, render
 from fedveil.server.store import Checkpoint
 
@@ -111,6 +112,38 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str | None]]:
         """The attributes of all such tags."""
         return [found for name, found in self.tags if name == tag]
+
+
+def share(value: float, low: float, high: float, told: str = "") -> dict[str, Any]:
+    """A figure with its interval, as `description.describe` says it."""
+    return {"value": value, "low": low, "high": high, "told": told}
+
+
+def federation(**other: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What `statistics.json` holds of three columns."""
+    ages = zip((0.05, 0.25, 0.5, 0.75, 0.95), (20, 28, 37, 48, 64), strict=True)
+    return {
+        "units": 1000.0, "epsilon": 0.3, "unit": "record",
+        "interval": {"level": 0.95, "of": "noise of the mechanism, not sampling error"},
+        "total": share(1012.0, 990.0, 1034.0),
+        "columns": [
+            {"name": "age", "kind": "integer", "label": False, "declared": [0.0, 100.0],
+             "transform": "none", "missing": share(0.1, 0.05, 0.15),
+             "quantiles": [{"part": q, "value": v, "low": v - 2, "high": v + 1} for q, v in ages]},
+            {"name": "hue", "kind": "categorical", "label": False,
+             "missing": share(0.001, 0.0, 0.004, BELOW),
+             "levels": [{"name": "red", **share(0.75, 0.7, 0.8)},
+                        {"name": "blue", **share(0.02, 0.001, 0.039, FEW)}]},
+            {"name": "ill", "kind": "categorical", "label": True,
+             "levels": [{"name": "no", **share(0.6, 0.55, 0.65)},
+                        {"name": "yes", **share(0.4, 0.35, 0.45)}]},
+        ],
+        "pairs": [
+            {"columns": ["age", "hue"], **share(0.1, 0.0, 0.2, "within its noise"), "floor": 0.15},
+            {"columns": ["age", "ill"], **share(0.9, 0.8, 0.95), "floor": 0.05},
+            {"columns": ["hue", "ill"], "told": "no two groups"},
+        ],
+    } | other  # fmt: skip
 
 
 def page(found: Sources) -> Page:
@@ -309,12 +342,141 @@ class TestMarginals:
         assert 'src="data:image/png;base64,iVBORw=="' in html
 
 
+class TestTheFederation:
+    def test_without_statistics_there_is_no_such_section(self) -> None:
+        html = render(sources())
+        assert 'id="federation"' not in html
+        assert 'href="#federation"' not in html
+
+    def test_every_interval_is_said_to_be_of_the_noise(self) -> None:
+        text = page(sources(statistics=federation())).text
+        assert "95 % interval, which is for the noise of the mechanism, not for sampling" in text
+        assert "it cost epsilon 0.300 by itself" in text
+        assert "some 1,012 records (990 to 1,034)" in text
+
+    def test_missing_values_largest_first_and_small_ones_flagged(self) -> None:
+        text = page(sources(statistics=federation())).text
+        assert "2 of 3 columns may be missing" in text
+        assert "age 10.0 % 5.0 to 15.0 %" in text
+        assert f"hue {BELOW} 0.1 % 0.0 to 0.4 %" in text
+        assert text.index("age 10.0 %") < text.index(f"hue {BELOW}")
+
+    def test_ranges_in_the_columns_own_units(self) -> None:
+        found = page(sources(statistics=federation()))
+        assert "0 to 100 20 18 to 21 28 26 to 29 37 35 to 38 48 46 to 49 64 62 to 65" in found.text
+        strips = [a["aria-label"] for a in found.all("svg") if a.get("class") == "strip"]
+        assert strips == [
+            "5% below 20; 25% below 28; 50% below 37; 75% below 48; 95% below 64"
+        ]  # fmt: skip
+
+    def test_groups_and_classes_with_their_intervals(self) -> None:
+        facts = gathered(sources(statistics=federation())).federation
+        assert facts is not None
+        assert facts.classes is not None
+        assert [group.words for group in facts.classes.shown] == [
+            "no: 60.0 % (55.0 to 65.0 %)", "yes: 40.0 % (35.0 to 45.0 %)",
+        ]  # fmt: skip
+        (hue,) = facts.groups
+        assert [(g.words, g.short) for g in hue.shown] == [
+            ("red: 75.0 % (70.0 to 80.0 %)", "75.0 % (70.0-80.0)"),
+            (f"blue: 2.0 % (0.1 to 3.9 %), {FEW}", FEW),
+        ]  # fmt: skip
+        assert (hue.untold, hue.count, hue.more) == (1, 2, 0)
+        # 240 wide is 1.05 times the highest end, 0.8.
+        assert hue.shown[0].bar.width == round(240 * 0.75 / 0.84, 1)
+        assert hue.shown[0].line.x == round(240 * 0.7 / 0.84, 1)
+
+    def test_of_many_groups_the_largest_are_shown(self) -> None:
+        many = [{"name": f"g{i}", **share(i / 1000, 0.0, 0.05, BELOW)} for i in range(40)]
+        told = federation()
+        told["columns"][1]["levels"] = many
+        facts = gathered(sources(statistics=told)).federation
+        assert facts is not None
+        assert [group.name for group in facts.groups[0].shown] == [f"g{i}" for i in range(28, 40)]
+        assert (
+            "The largest 12 of 40. 40 of 40 are too small to tell."
+            in page(sources(statistics=told)).text
+        )
+
+    def test_the_heat_map_greys_what_is_within_its_noise_and_says_all_in_words(self) -> None:
+        told = sources(statistics=federation())
+        facts = gathered(told).federation
+        assert facts is not None
+        assert facts.heat is not None
+        hue, ill, blank = facts.heat.squares
+        # Cells of 40; a column's row is its place in the schema.
+        assert (hue.x, hue.y, hue.share, hue.text) == (0, 40, None, "")
+        assert hue.words == "age and hue: 0.10 (0.00 to 0.20), within its noise"
+        assert (ill.x, ill.y, ill.share, ill.text) == (0, 80, 0.9, ".90")
+        assert (blank.x, blank.y, blank.share) == (40, 80, None)
+        assert blank.words == "hue and ill: no two groups"
+        assert facts.heat.words == (
+            "1 of 3 pairs of columns are clear of the noise. Strongest: age and ill 0.90"
+        )
+        found = page(told)
+        assert "age and ill 0.90 0.80 to 0.95 0.05" in found.text
+        assert sum(box.get("class") == "drowned" for box in found.all("rect")) == 2
+        assert sum(box.get("class") == "square" for box in found.all("rect")) == 1
+
+    def test_sixty_columns_stay_readable(self) -> None:
+        names = [f"column_{i}" for i in range(60)]
+        pairs = [
+            {"columns": [a, b], **share(0.001 * i, 0.0005 * i, 0.002 * i), "floor": 0.01}
+            for i, (a, b) in enumerate(combinations(names, 2))
+        ]
+        columns = [
+            {"name": name, "kind": "categorical", "label": False, "levels": []} for name in names
+        ]
+        told = sources(statistics=federation(columns=columns, pairs=pairs[1:500]))
+        facts = gathered(told).federation
+        assert facts is not None
+        assert facts.heat is not None
+        assert (facts.heat.side, len(facts.strongest)) == (14, 20)
+        assert facts.heat.width <= 1100
+        assert {square.text for square in facts.heat.squares} == {""}
+        assert "The 20 strongest of 499" in page(told).text
+
+    def test_a_run_without_noise_says_that_it_is_not_private(self) -> None:
+        none = [run_event(NONE), event("round", 1, epsilon=None)]
+        text = page(Sources("demo", none, statistics=federation(epsilon=None))).text
+        assert "No noise was added: they are exact and NOT PRIVATE" in text
+        assert "noise of the mechanism" not in text
+
+    def test_other_kinds_of_data_have_what_they_have(self) -> None:
+        bare = {k: v for k, v in federation().items() if k in {"units", "interval"}}
+        text = page(sources(statistics=bare)).text
+        assert "The data of the federation" in text
+        for absent in ("Missing values", "Ranges", "What goes with what", "In all some"):
+            assert absent not in text
+
+    def test_shares_of_one_are_not_more(self) -> None:
+        told = federation()
+        told["columns"][2]["levels"] = [{"name": "no", **share(1.0, 0.99, 1.0)}]
+        facts = gathered(sources(statistics=told)).federation
+        assert facts is not None
+        assert facts.classes is not None
+        assert facts.classes.shown[0].bar.width == 240.0
+
+
 def evil_schema() -> Schema:
     """A schema whose every name would run, if it could."""
     raw = {"modality": "table", "column": [
         {"name": EVIL, "kind": "categorical", "categories": [f"{EVIL}1", f"{EVIL}2"]},
     ]}  # fmt: skip
     return parse_schema(raw, "here")
+
+
+def evil_statistics() -> dict[str, Any]:
+    """Statistics in which every text would run, if it could."""
+
+    def made(found: Any) -> Any:  # noqa: ANN401  JSON
+        if isinstance(found, dict):
+            return {key: made(value) for key, value in found.items()}
+        if isinstance(found, list):
+            return [made(value) for value in found]
+        return f"{EVIL}{found}" if isinstance(found, str) and found else found
+
+    return made(federation())
 
 
 class TestTheFile:
@@ -338,7 +500,7 @@ class TestTheFile:
         )  # fmt: skip
         everything: dict[str, Any] = {
             "config": (EVIL, {"federation": {"name": EVIL}}), "environment": {EVIL: EVIL},
-            "schema": evil_schema(), "synthetic": np.ones(2),
+            "schema": evil_schema(), "synthetic": np.ones(2), "statistics": evil_statistics(),
         }  # fmt: skip
         html = render(Sources(EVIL, events, metrics=metrics, **everything))
         return html + render(Sources(EVIL, events, **everything))
@@ -370,7 +532,7 @@ class TestTheFile:
         dropped = [{"site": 2, "reason": "no reply"}]
         told = sources(
             event("round", 3, dropped=dropped), metrics=finished(), schema=SCHEMA,
-            synthetic=np.ones(4), samples=b"\x89PNG",
+            synthetic=np.ones(4), samples=b"\x89PNG", statistics=federation(),
         )  # fmt: skip
         found = page(told)
         levels = [int(tag[1]) for tag, _ in found.tags if re.fullmatch("h[1-6]", tag)]
@@ -383,7 +545,7 @@ class TestTheFile:
         assert found.all("html")[0]["lang"] == "en"
         # What scrolls by itself must be reachable by the keyboard.
         regions = [box for box in found.all("div") if box.get("class") == "scroll"]
-        assert len(regions) == len(found.all("table"))
+        assert len(regions) == len(found.all("table")) + 1  # and the heat map
         assert all(box.get("tabindex") == "0" and box.get("aria-label") for box in regions)
 
     def test_equal_sources_make_equal_reports(self) -> None:
@@ -399,6 +561,9 @@ class TestTheFile:
             Sources("demo", [{"no": "event"}]),
             Sources("demo", [run_event({"epsilon": 1.0})]),
             sources(environment={"begun": "yesterday"}),
+            sources(statistics={"units": 3}),
+            sources(statistics=federation(pairs=[{"columns": ["age", "nobody"], "told": ""}])),
+            sources(statistics=federation(columns=3)),
         ],
     )
     def test_what_is_none_of_ours_is_one_line(self, damaged: Sources) -> None:
