@@ -214,6 +214,12 @@ class MarginalOptions(Options):
     """What the noisy statistics say, and nothing more: it is fitted to them and never trained."""
 
     family: Literal["marginal"] = Field(description="The kind of generator.")
+    components: int = Field(
+        128, ge=1, le=4096, description="Tables: products of columns that are mixed."
+    )
+    steps: Count = Field(
+        600, description="Tables: steps of the fit, at the server; they cost no privacy."
+    )
 
 
 ModelOptions = Annotated[VaeOptions | MarginalOptions, Field(discriminator="family")]
