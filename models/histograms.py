@@ -11,8 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..data_prep.schema import Column, Schema, TableSchema, TextSchema
-from ..data_prep.texts import PADDING, tokens_of
+from ..data_prep.schema import PADDING, Column, Schema, TableSchema, TextSchema, tokens_of
 from .family import Batch
 
 NUMBER_BINS = 10

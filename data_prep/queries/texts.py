@@ -20,8 +20,7 @@ from scipy import sparse
 
 from ...config import ConfigError, Statistics
 from ..modality import Encoded
-from ..schema import Schema, TextSchema
-from ..texts import PADDING, tokens_of
+from ..schema import PADDING, Schema, TextSchema, tokens_of
 from .workload import Query, Workload, clipped_sum
 
 EDGE = PADDING

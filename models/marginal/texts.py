@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ...config import MarginalOptions
 from ...data_prep.queries import Noisy
 from ...data_prep.queries.texts import CLASS_OF, CLASSES, EDGE, HASHED, TOKENS, hashed
-from ...data_prep.schema import Schema
-from ...data_prep.texts import PADDING
+from ...data_prep.schema import PADDING, Schema
 from ..family import Batch
 from ..layers import Table
 from .counts import shrunk

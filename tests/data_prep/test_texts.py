@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fedveil.config import Clean, ConfigError
 from fedveil.data_prep import Encoded, held_by, modality
 from fedveil.data_prep.clean import CleaningReport, DataError, refuse_unusable
-from fedveil.data_prep.schema import TextSchema, parse_schema
-from fedveil.data_prep.texts import PADDING, Texts, clean, decode, encode, read, tokens_of
+from fedveil.data_prep.schema import PADDING, TextSchema, parse_schema, tokens_of
+from fedveil.data_prep.texts import Texts, clean, decode, encode, read
 
 FOUR = TextSchema(length=4)
 OWNED = TextSchema(length=8, person="who")
@@ -52,7 +52,7 @@ class TestSchema:
         ],
     )
     def test_refuses_what_it_cannot_mean(self, raw: dict[str, object], said: str) -> None:
-        with pytest.raises(ConfigError, match="t.toml") as caught:
+        with pytest.raises(ConfigError, match=r"t\.toml") as caught:
             parse_schema({"modality": "text", **raw}, "t.toml")
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
