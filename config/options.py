@@ -183,6 +183,19 @@ class Statistics(Options):
         le=4_000_000,
         description="Most cells that all queries of the round together may have.",
     )
+    image_coefficients: int | None = Field(
+        None,
+        ge=1,
+        le=144,
+        description="Cosine coefficients, lowest frequencies first and all channels together, that "
+        "describe an image. Default: by the declared size and the noise.",
+    )
+    image_covariances: Literal["class", "shared", "diagonal"] | None = Field(
+        None,
+        description="What is asked of how coefficients vary together: a matrix for each `class`, "
+        "one `shared` by all, or variances alone (`diagonal`). Default: by the declared size and "
+        "the noise.",
+    )
 
 
 class _Trained(Options):
