@@ -29,7 +29,7 @@ _PLACES = 16_384  # that are looked at at a time
 
 # What is known of bytes without a look at any: how often, roughly, against one another. UTF-8 has
 # none of the last, and of control characters cleaning leaves tabs and line ends only.
-_GUESS = np.full(TOKENS, 0.2)
+_GUESS = np.full(TOKENS, 0.02)
 _GUESS[32:127] = 1.0
 _GUESS[ord("a") : ord("z") + 1] = 4.0
 _GUESS[ord(" ")], _GUESS[ord("\n")] = 16.0, 2.0

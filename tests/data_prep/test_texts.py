@@ -52,7 +52,7 @@ class TestSchema:
         ],
     )
     def test_refuses_what_it_cannot_mean(self, raw: dict[str, object], said: str) -> None:
-        with pytest.raises(ConfigError, match="t.toml") as caught:
+        with pytest.raises(ConfigError, match=r"t\.toml") as caught:
             parse_schema({"modality": "text", **raw}, "t.toml")
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
