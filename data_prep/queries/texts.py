@@ -50,6 +50,12 @@ CLASS_OF = _classes()
 
 CLASSES = int(CLASS_OF.max()) + 1
 
+CLASS_NAMES = (
+    *map(chr, range(ord("a"), ord("z") + 1)), "blank", "line end", "digit", "'", ",", ".", "; :",
+    "! ?", "-", "other below 128", *(f"above 127, kind {place}" for place in range(_HIGH)),
+)  # fmt: skip
+"""Of the classes of bytes: all but the last one, the edge's."""
+
 HASHED = 2**14
 """Cells of runs of four."""
 

@@ -44,7 +44,7 @@ class TestSchema:
         [
             ({"length": 3}, "length = 3: must be >= 4"),
             ({"length": 4097}, "length = 4097: must be <= 4096"),
-            ({"length": "64"}, 'length = "64"'),
+            ({"length": "64"}, "must be a valid integer"),
             ({"field": ""}, "field"),
             ({"person": "text"}, 'person = "text": is the key of the text'),
             ({"classes": ["a", "b"]}, "classes"),
