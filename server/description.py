@@ -19,7 +19,7 @@ from ..data_prep.queries.cells import Cells, cells, own_units
 from ..data_prep.queries.tables import fine_histogram, has_table, quantiles, table_of
 from ..data_prep.schema import Column, Schema, TableSchema
 from .association import Margin, cramers_v, margin
-from .intervals import LEVEL, Z, Range, quantile_cells, share_ranges
+from .intervals import LEVEL, Range, Z, quantile_cells, share_ranges
 
 PARTS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Which quantiles of a number are given."""
