@@ -11,7 +11,7 @@ from .compare import check_run
 from .config import TRANSPORT, ConfigError, FedveilError, RunConfig, load_config, override
 from .data_prep import check_unit, run_schema
 from .data_prep.schema import Schema
-from .export import GRID_SAMPLES, TABLE_SAMPLES, write
+from .export import GRID_SAMPLES, TABLE_SAMPLES, TEXT_SAMPLES, write
 from .run import Run
 from .server.store import RunFolder
 
@@ -103,9 +103,11 @@ def _said(value: object) -> object:
 
 
 def _write_samples(run: Run) -> None:
-    samples = {"samples.png": GRID_SAMPLES}
-    if run.schema.modality == "table":
-        samples["samples.csv"] = TABLE_SAMPLES
+    samples = {
+        "image": {"samples.png": GRID_SAMPLES},
+        "table": {"samples.png": GRID_SAMPLES, "samples.csv": TABLE_SAMPLES},
+        "text": {"samples.txt": TEXT_SAMPLES},
+    }[run.schema.modality]
     for name, n in samples.items():
         if not (run.path / name).exists():
             write(run, n, run.path / name)
@@ -119,6 +121,8 @@ def resolve(
     Raises:
         ConfigError: They are unusable.
     """
+    from .models import check_modality
+
     settings: dict[str, Any] = {}
     for section, options in (overrides or {}).items():
         if not isinstance(options, Mapping):
@@ -130,7 +134,8 @@ def resolve(
         config = override(config.model_dump(by_alias=True), settings)
     schema = run_schema(config)
     check_unit(config, schema)
-    return config.resolved(), schema
+    check_modality(config.model.family, schema)
+    return config.resolved(schema.modality), schema
 
 
 def load(path: Path | str) -> "Run":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import ConfigError, FedveilError, not_below
-from .data_prep.schema import Column, ImageSchema, TableSchema
+from .data_prep.schema import Column, TableSchema, TextSchema
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GRID_SAMPLES = 100
 TABLE_SAMPLES = 1000
+TEXT_SAMPLES = 100
 _MARGINAL_SAMPLES = 5000
 _GRID_PIXELS = 800
 _KEY = "fedveil"
@@ -32,12 +33,13 @@ def write(run: "Run", n: int, path: Path, seed: int | None = None) -> Path:
     """Writes n synthetic records of a run, in the form that the ending names.
 
     Images: `.png` (a grid, classes in order), `.npz` (arrays). Tables: `.csv` (with the provenance
-    beside it, in `NAME.csv.provenance.json`), `.parquet`, `.png` (its marginals).
+    beside it, in `NAME.csv.provenance.json`), `.parquet`, `.png` (its marginals). Texts, with the
+    same beside them: `.txt` (for reading), `.jsonl` (a record a line, as a run reads them).
 
     Raises:
         ConfigError: The ending does not go with the run, or the file cannot be written.
     """
-    writers = _IMAGE_WRITERS if isinstance(run.schema, ImageSchema) else _TABLE_WRITERS
+    writers = _WRITERS[run.schema.modality]
     writer = writers.get(path.suffix.lower())
     if writer is None:
         raise ConfigError(
@@ -98,8 +100,36 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 def _csv(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
     frame: pl.DataFrame = run.sample_records(n, seed)
+    return {"": frame.write_csv().encode(), **_beside(run)}
+
+
+def _beside(run: "Run") -> dict[str, bytes]:
     note = json.dumps(run.provenance(), indent=2) + "\n"
-    return {"": frame.write_csv().encode(), ".provenance.json": note.encode()}
+    return {".provenance.json": note.encode()}
+
+
+def _blocks(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
+    """Texts for reading: below a line with its number stands each, with what lines it has."""
+    texts = run.sample_records(n, seed)
+    blocks = [
+        f"---- synthetic record {place} of {n} ----\n{legible(text)}\n"
+        for place, text in enumerate(texts, start=1)
+    ]
+    return {"": "\n".join(blocks).encode(), **_beside(run)}
+
+
+def _jsonl(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
+    schema = run.schema
+    if not isinstance(schema, TextSchema):
+        raise ConfigError("jsonl: is of texts")
+    texts = run.sample_records(n, seed)
+    lines = [json.dumps({schema.field: text}, ensure_ascii=False) + "\n" for text in texts]
+    return {"": "".join(lines).encode(), **_beside(run)}
+
+
+def legible(text: str) -> str:
+    """A text without what a terminal or a browser would obey: tabs and line ends are kept."""
+    return "".join(c if c.isprintable() or c in "\t\n" else "\ufffd" for c in text)
 
 
 def _parquet(run: "Run", n: int, seed: int | None) -> dict[str, bytes]:
@@ -200,5 +230,8 @@ def _edges(column: Column) -> np.ndarray:
 
 
 _Writer = Callable[["Run", int, int | None], dict[str, bytes]]
-_IMAGE_WRITERS: dict[str, _Writer] = {".png": _grid, ".npz": _npz}
-_TABLE_WRITERS: dict[str, _Writer] = {".csv": _csv, ".parquet": _parquet, ".png": _marginals}
+_WRITERS: dict[str, dict[str, _Writer]] = {
+    "image": {".png": _grid, ".npz": _npz},
+    "table": {".csv": _csv, ".parquet": _parquet, ".png": _marginals},
+    "text": {".txt": _blocks, ".jsonl": _jsonl},
+}

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -88,9 +89,46 @@ def _table(file: type[BaseModel]) -> list[str]:
 
 def _options(file: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
     for section, owner in file.model_fields.items():
-        if isinstance(owner.annotation, type) and issubclass(owner.annotation, BaseModel):
-            for name, field in owner.annotation.model_fields.items():
+        kinds = [kind for kind in _all_kinds(owner.annotation) if issubclass(kind, BaseModel)]
+        if len(kinds) > 1:
+            yield from _options_by_kind(section, str(owner.discriminator), kinds)
+            continue
+        for kind in kinds:
+            for name, field in kind.model_fields.items():
                 yield section, field.alias or name, field
+
+
+def _options_by_kind(
+    section: str, tag: str, kinds: list[type[BaseModel]]
+) -> Iterator[tuple[str, str, FieldInfo]]:
+    """The options of a section that is of one of several kinds: each says whose it is."""
+    names = {kind: _choices(kind.model_fields[tag].annotation)[0] for kind in kinds}
+    choice = FieldInfo(
+        annotation=Literal[tuple(names.values())],  # type: ignore[arg-type]
+        description=kinds[0].model_fields[tag].description,
+    )
+    yield section, tag, choice
+    owners: dict[str, list[str]] = {}
+    fields: dict[str, FieldInfo] = {}
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            if name != tag:
+                owners.setdefault(name, []).append(names[kind])
+                fields.setdefault(name, field)
+    for name, field in fields.items():
+        whose = ", ".join(f"`{owner}`" for owner in owners[name])
+        yield section, name, _told(field, f"{field.description} ({whose})")
+
+
+def _told(field: FieldInfo, description: str) -> FieldInfo:
+    """A field with another description."""
+    told = copy(field)
+    told.description = description
+    return told
+
+
+def _all_kinds(annotation: Any) -> list[type]:  # noqa: ANN401
+    return [kind for kind in _kinds(annotation) if isinstance(kind, type)]
 
 
 def _values(field: FieldInfo) -> str:

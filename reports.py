@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from .compare import check_run
 from .config import ConfigError, FedveilError, read_toml
+from .export import legible
 from .files import replace_file
 from .server.report import GENERATOR, Sources, render
 from .server.store import Checkpoint, RunFolder
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 _SYNTHETIC = 5000
+_TEXTS = 12
 _OURS = 4096  # within so many bytes a report says that it is one
 
 
@@ -71,6 +73,7 @@ def read_sources(run: "Run") -> Sources:
         # A table's shows what the marginals show.
         statistics=folder.read_json("statistics.json") if told.exists() else None,
         samples=_samples(path) if schema is not None and schema.modality == "image" else None,
+        texts=_texts(run) if run.finished and schema is not None else (),
     )
 
 
@@ -88,6 +91,17 @@ def _synthetic(run: "Run") -> "np.ndarray | None":
         return run.histograms(_SYNTHETIC, run.config.federation.seed)
     except FedveilError:
         return None
+
+
+def _texts(run: "Run") -> tuple[str, ...]:
+    """Some texts of the released model, the same ones every time."""
+    if run.schema.modality != "text":
+        return ()
+    try:
+        found = run.sample_records(_TEXTS, run.config.federation.seed)
+    except FedveilError:
+        return ()
+    return tuple(legible(text) for text in found)
 
 
 def _samples(path: Path) -> bytes | None:

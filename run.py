@@ -73,7 +73,7 @@ class Run:
 
     def sample(
         self, n: int, seed: int | None = None, labels: Sequence[int] | None = None
-    ) -> "pl.DataFrame | np.ndarray":
+    ) -> "pl.DataFrame | np.ndarray | list[str]":
         """Draws synthetic records: post-processing, free of any privacy cost.
 
         Args:
@@ -82,13 +82,14 @@ class Run:
             labels: [n] class indices; drawn from the model where they are not given.
 
         Returns:
-            A polars frame, or an array [n, height, width] or [n, height, width, 3] of uint8.
+            A polars frame; an array [n, height, width] or [n, height, width, 3] of uint8; a list
+            of texts.
 
         Raises:
             FedveilError: n is below 1, a label is out of range or the model cannot be read.
         """
         records = self.sample_records(n, seed, labels)
-        found: pl.DataFrame | np.ndarray = (
+        found: pl.DataFrame | np.ndarray | list[str] = (
             records.arrays() if isinstance(self.schema, ImageSchema) else records
         )
         return found

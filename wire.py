@@ -24,6 +24,9 @@ TRAIN = "train.step"
 EVALUATE = "evaluate.model"
 """The action in which a site evaluates only: the model after the last round."""
 
+STATISTICS = "query.statistics"
+"""The action in which a site answers the one round of statistics."""
+
 ADVERTISE = "query.advertise"
 """The action in which a site makes its keys for the rounds of an epoch of secure sums."""
 
@@ -103,6 +106,7 @@ class Task:
         opening: The secure sum's `Opening`, as bytes; empty without one.
         deals: Its `Deals` for this site, until it has taken them.
         digest: SHA-256 of all that is the same for every site; made when it is read.
+        statistics: The same as `round`, of the round of statistics: 1, or 0 for none.
     """
 
     run_id: str
@@ -121,6 +125,7 @@ class Task:
     opening: bytes = b""
     deals: bytes = b""
     digest: bytes = b""
+    statistics: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Update:
         sums: What was asked of the records, added up; empty without an evaluation.
         ledger: Count and head hash of the site's ledger, this round's commits included.
         upload: Instead of arrays and sums: the `Upload` of a secure sum or a `SealedReply`.
+        statistics: As in the task.
     """
 
     run_id: str
@@ -144,6 +150,7 @@ class Update:
     sums: Mapping[str, np.ndarray]
     ledger: tuple[int, str]
     upload: bytes = b""
+    statistics: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,7 @@ class Refused:
     round: int
     evaluation: int
     code: Refusal
+    statistics: int = 0
 
 
 def pack(message: Task | Update | Refused | Step) -> RecordDict:
@@ -176,6 +184,7 @@ def pack(message: Task | Update | Refused | Step) -> RecordDict:
         return RecordDict({"facts": facts, "step": _raw(message.body)})
     about: dict[str, str | int] = {
         "run-id": message.run_id, "round": message.round, "evaluation": message.evaluation,
+        "statistics": message.statistics,
     }  # fmt: skip
     if isinstance(message, Refused):
         return RecordDict({"facts": ConfigRecord({**about, "refused": message.code.name})})
@@ -248,7 +257,7 @@ def to_bytes(update: Update) -> bytes:
 
 def canonical_facts(update: Update) -> bytes:
     """Who an update is of and from which ledger, as JSON."""
-    facts = [update.run_id, update.round, update.evaluation, *update.ledger]
+    facts = [update.run_id, update.round, update.evaluation, update.statistics, *update.ledger]
     return json.dumps(facts).encode()
 
 
@@ -268,9 +277,9 @@ def from_bytes(data: bytes) -> Update:
     if rest:
         raise WireError("sealed reply: has more than an update")
     try:
-        run_id, number, evaluation, count, head = json.loads(pieces[0])
-        numbers = {"run-id": run_id, "round": number, "evaluation": evaluation}
-        about = ConfigRecord({**numbers, "ledger-count": count, "ledger-hash": head})
+        run_id, *numbers, count, head = json.loads(pieces[0])
+        named = dict(zip(_NUMBERS, (run_id, *numbers), strict=True))
+        about = ConfigRecord({**named, "ledger-count": count, "ledger-hash": head})
     except (ValueError, TypeError, RecursionError):
         raise WireError("sealed reply: expected an update") from None
     arrays, sums = (
@@ -284,6 +293,7 @@ def from_bytes(data: bytes) -> Update:
         arrays,
         sums,
         _head(about),
+        statistics=_field(about, "statistics", int),
     )
 
 
@@ -312,6 +322,7 @@ def read_task(content: RecordDict) -> Task:
         _field(facts, "opening", bytes),
         _field(facts, "deals", bytes),
         task_digest(content),
+        _field(facts, "statistics", int),
     )
 
 
@@ -354,16 +365,17 @@ def read_reply(message: Message) -> Update | Refused:
     refused = "facts" in content and "refused" in content["facts"]
     facts = _facts(content, () if refused else (*_UPDATE_ARRAYS, "upload"))
     about = _field(facts, "run-id", str), _field(facts, "round", int)
-    evaluation = _field(facts, "evaluation", int)
+    evaluation, statistics = _field(facts, "evaluation", int), _field(facts, "statistics", int)
     if refused:
         _only(facts, {*_NUMBERS, "refused"})
         code = _field(facts, "refused", str)
         if code not in Refusal.__members__:
             raise WireError("refusal: unknown code")
-        return Refused(*about, evaluation, Refusal[code])
+        return Refused(*about, evaluation, Refusal[code], statistics)
     _only(facts, {*_NUMBERS, *_LEDGER})
     arrays, sums = (_arrays(content, part) for part in _UPDATE_ARRAYS)
-    return Update(*about, evaluation, arrays, sums, _head(facts), _read_raw(content, "upload"))
+    upload = _read_raw(content, "upload")
+    return Update(*about, evaluation, arrays, sums, _head(facts), upload, statistics)
 
 
 _FORMAT = "safetensors"
@@ -371,7 +383,7 @@ _MOST_HEADER = 2**20  # bytes; some ten thousand arrays
 _EXPECTED = "float32 or float64"  # of models; of sums, whose rounding is a sensitivity
 _TASK_ARRAYS = ("arrays", "released", "exam")
 _UPDATE_ARRAYS = ("arrays", "sums")
-_NUMBERS = ("run-id", "round", "evaluation")
+_NUMBERS = ("run-id", "round", "evaluation", "statistics")
 _LEDGER = ("ledger-count", "ledger-hash")
 _TASK_BYTES = ("aggregator", "coordinator", "signature", "opening", "deals")
 _TASK_FACTS = ("config", "schema", "clipping_norm", *_TASK_BYTES)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at data, clean it, draft its schema.", no_args_is_help=True)
 
 DataPath = Annotated[
-    str, typer.Argument(metavar="FILE", help="A .csv, .tsv, .data, .parquet or .npz; a folder.")
+    str,
+    typer.Argument(metavar="FILE", help="A .csv, .tsv, .parquet, .npz, .txt or .jsonl; a folder."),
 ]
 SchemaPath = Annotated[Path, typer.Option("--schema", help="What a record is; may be a draft.")]
 RulesPath = Annotated[
@@ -55,7 +56,7 @@ def schema(
         "left_out": draft.left_out,
         "keys": list(draft.keys),
         "notes": list(draft.notes),
-        "private": True,
+        "private": open_marks(draft.schema) > 0,
     }
     if as_json:
         typer.echo(json.dumps(facts))
@@ -65,6 +66,9 @@ def schema(
         typer.echo(f"note: {note}", err=True)
     for name, why in draft.left_out.items():
         typer.echo(f"left out: column {name!a}: {why}", err=True)
+    if not facts["unconfirmed"]:
+        typer.echo(f"{out or 'this'}: nothing in it was read off the data", err=True)
+        return
     typer.echo(
         f"{out or 'this'} is a draft, as private as the data: {facts['unconfirmed']} options are "
         "unconfirmed, and runs refuse it until those marks are gone",
@@ -100,7 +104,10 @@ def clean(
     data: DataPath,
     schema: SchemaPath,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="A new file. Tables: .csv, .parquet. Images: .npz.")
+        Path,
+        typer.Option(
+            "-o", "--out", help="A new .csv or .parquet (tables), .npz (images), .jsonl (texts)."
+        ),
     ],
     config: RulesPath = None,
     *,
@@ -130,12 +137,12 @@ def _run(config: Path | None) -> "RunConfig | None":
 
 def _schema(path: Path, data: str) -> "Schema":
     from ..config import ConfigError
+    from ..data_prep import held_by
     from ..data_prep.schema import load_schema, marks
 
     declared = load_schema(path, draft=True)
-    source = Path(data)
-    held = "image" if source.is_dir() or source.suffix == ".npz" else "table"
-    if source.exists() and held != declared.modality:
+    held = held_by(data)
+    if Path(data).exists() and held != declared.modality:
         raise ConfigError(f"--schema {path}: is for {declared.modality}s; {data} holds {held}s")
     if marks(declared):
         typer.echo(

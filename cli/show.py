@@ -42,11 +42,29 @@ def figure(value: Any) -> str:  # noqa: ANN401
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _lines(event: dict[str, Any]) -> Iterator[str]:
+    """What an event has to say in words."""
+    kind = event["event"]
+    if kind == "refused":
+        for one in event["refused"]:
+            yield f"site {one['site']} will refuse: {one['reason']}"
+    if kind == "statistics":
+        yield f"statistics: {event['cells']:,} noisy cells of {event['sites']} sites"
+    if kind == "prepared":
+        yield f"made a model of the statistics in {event['seconds']['server']:.1f} s"
+    if kind in {"statistics", "round"}:
+        what = f"round {event['round']}" if kind == "round" else "statistics"
+        for how, sites in (("dropped", event["dropped"]), ("left", event.get("left", []))):
+            for one in sites:
+                yield f"{what}: site {one['site']} {how}: {one['reason']}"
+
+
 def _print_resumed(event: dict[str, Any], console: "Console") -> None:
     for fault in event["damaged"]:
         console.print(f"{fault}; went back to the checkpoint before", markup=False, soft_wrap=True)
     lost = ", ".join(map(str, event["lost"]))
     told = f"; round {lost} was cut off and counts as spent" if lost else ""
+    told += "; the statistics were cut off and count as spent" * event["lost_statistics"]
     console.print(f"resumed after round {event['round']}{told}", markup=False, soft_wrap=True)
 
 
@@ -73,13 +91,11 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
             if event["event"] in {"run", "resumed"}:
                 target = event["privacy"]["target_epsilon"]
                 bar.start_task(task)
-                bar.update(task, total=event["privacy"]["rounds"], visible=True)
+                rounds = event["privacy"]["rounds"]
+                bar.update(task, total=rounds, visible=rounds > 0)
                 if event["event"] == "resumed":
                     _print_resumed(event, console)
                     bar.update(task, completed=event["round"] + len(event["lost"]))
-            elif event["event"] == "refused":
-                for one in event["refused"]:
-                    console.print(f"site {one['site']} will refuse: {one['reason']}", markup=False)
             elif event["event"] == "evaluated":
                 loss = f", loss {event['loss']:.2f}"
             elif event["event"] == "round":
@@ -89,9 +105,7 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
                     else f"epsilon {not_below(event['epsilon'], 2)}/{target:g}"
                 )
                 bar.update(task, completed=event["round"], spent=f"{spent}{loss}")
-                for what, sites in (("dropped", event["dropped"]), ("left", event.get("left", []))):
-                    for one in sites:
-                        told = f"site {one['site']} {what}: {one['reason']}"
-                        console.print(f"round {event['round']}: {told}", markup=False)
+            for line in _lines(event):
+                console.print(line, markup=False, soft_wrap=True)
 
         yield observe

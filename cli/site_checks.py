@@ -125,12 +125,20 @@ def _data(own: "Own", schema: Path | None) -> str:
 
 def _count(own: "Own") -> str:
     """Records without a schema: lines, rows or images, and the columns that the map names."""
+    from ..data_prep import held_by
     from ..data_prep.images import image_files, read_npz_arrays
     from ..data_prep.tabular import named, read_parquet, read_rows, table_path
+    from ..data_prep.texts import objects, text_files
     from ..data_prep.words import nearest, quoted
 
     source, columns = own.file.site.data, own.file.columns
     path = Path(source)
+    if held_by(source) == "text":
+        if columns:
+            raise ConfigError("map: texts have no columns; take [map] out")
+        if path.suffix.lower() == ".jsonl":
+            return f"{_some(sum(one is not None for one in objects(path)))} lines"
+        return f"{_some(sum(file.stat().st_size for file in text_files(path)))} bytes of text"
     if path.is_dir() or path.suffix == ".npz":
         if columns:
             raise ConfigError("map: images have no columns; take [map] out")

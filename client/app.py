@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
 from ..config.options import LEAST_NORM, MOST_NORM
+from ..data_prep.queries import run_workload
+from ..data_prep.schema import schema_from_json, schema_to_json
 from ..flower import ClientApp, Context, Message
 from ..models import metrics
 from ..privacy import vector
@@ -25,6 +27,7 @@ from ..wire import (
     END,
     EVALUATE,
     READY,
+    STATISTICS,
     TRAIN,
     Refusal,
     Refused,
@@ -41,6 +44,7 @@ from .approvals import PausedError
 from .secure import STEPS, Opened, check_name, open_round, upload
 from .self_test import ConformanceError, Tested, self_test
 from .site import Site
+from .statistics_test import statistics_test
 from .understanding import Understood, WorkError, asked_of, code_of, terms_of, understand
 from .work import FAILURES, Parts, parts_of
 
@@ -59,6 +63,10 @@ def client_app(open_site: OpenSite) -> ClientApp:
 
     @app.evaluate(EVALUATE.partition(".")[2])
     def model(message: Message, context: Context) -> Message:
+        return Message(pack(_answer(message, context, open_site, _work)), reply_to=message)
+
+    @app.query(STATISTICS.partition(".")[2])
+    def statistics(message: Message, context: Context) -> Message:
         return Message(pack(_answer(message, context, open_site, _work)), reply_to=message)
 
     @app.query(READY.partition(".")[2])
@@ -120,7 +128,7 @@ def _answer(
         log.error("refused run %s, round %d: %s", task.run_id, task.round, error)
         if not isinstance(error, (FedveilError, ValidationError)):
             log.exception("which nobody foresaw")
-        return Refused(task.run_id, task.round, task.evaluation, code)
+        return Refused(task.run_id, task.round, task.evaluation, code, task.statistics)
 
 
 def _work(task: Task, run: Understood, site: Site) -> Update:
@@ -135,7 +143,8 @@ def _be_ready(task: Task, run: Understood, site: Site) -> Step:
 
     Nothing is debited, nothing read.
     """
-    if task.round or task.evaluation or task.arrays or task.released or task.exam:
+    asked = task.statistics or task.round or task.evaluation
+    if asked or task.arrays or task.released or task.exam:
         raise TermsError(f"run {task.run_id}: asks whether the site is ready, and for more")
     if site.policy.self_test and run.priced.epsilon is not None:
         _check_conformance(run)
@@ -193,7 +202,8 @@ def _packed(
     arrays = parts.pop("update", {})
     sums = {f"{part}/{name}": array for part, of in parts.items() for name, array in of.items()}
     about = task.run_id, task.round, task.evaluation
-    plain = Update(*about, arrays, sums, (head.number, head.hash))
+    ledger = head.number, head.hash
+    plain = Update(*about, arrays, sums, ledger, statistics=task.statistics)
     if run.config.encryption == "none":
         return plain
     sealed = _sealed(to_bytes(plain), task, site)
@@ -208,7 +218,8 @@ def _sealed(content: bytes, task: Task, site: Site) -> SealedReply:
 def _uploaded(task: Task, sent: Upload) -> Update:
     signed = sent.uploaded
     ledger = (signed.ledger_count, signed.ledger_head.hex())
-    return Update(task.run_id, task.round, task.evaluation, {}, {}, ledger, encode(sent))
+    about = task.run_id, task.round, task.evaluation
+    return Update(*about, {}, {}, ledger, encode(sent), task.statistics)
 
 
 def _blocks(task: Task, run: Understood) -> tuple[vector.Placed, ...]:
@@ -220,12 +231,17 @@ def _blocks(task: Task, run: Understood) -> tuple[vector.Placed, ...]:
         metrics.loss_size(),
         run.config.records,
     )
+    if task.statistics:
+        described = run_workload(run.config, run.schema, run.priced.statistics_noise)
+        whole = described.size(run.priced.statistics_units)
+        sizes = replace(sizes, statistics=whole, peak=described.peak)
     asked = vector.releases(
         sizes,
         run.priced,
         at_sites=run.config.trains_at_sites,
         training=bool(task.round),
         evaluating=bool(task.evaluation),
+        describing=bool(task.statistics),
     )
     return vector.placed(asked, run.priced)
 
@@ -237,10 +253,11 @@ def _check_conformance(run: Understood) -> None:
         ConformanceError: A check fails.
     """
     with _one_at_a_time:
-        tested = _tested(run.config, run.priced, run.parameters)
-    if tested.outcome == "violated":
+        text = schema_to_json(run.schema)  # which can be a key
+        found = _tested(run.config, text, run.priced, run.parameters)
+    if failed := [name for tested in found for name in tested.failed]:
         raise ConformanceError(
-            f"self-test: {', '.join(tested.failed)}: is not as priced; do not run this code"
+            f"self-test: {', '.join(failed)}: is not as priced; do not run this code"
         )
 
 
@@ -250,13 +267,21 @@ _one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=4)
-def _tested(config: RunConfig, priced: Plan, parameters: int) -> Tested:
-    return self_test(config, priced, parameters=parameters, alarm=_ALARM)
+def _tested(config: RunConfig, schema: str, priced: Plan, parameters: int) -> tuple[Tested, ...]:
+    found = []
+    if priced.rounds:
+        found.append(self_test(config, priced, parameters=parameters, alarm=_ALARM / 2))
+    if priced.statistics:
+        asked = schema_from_json(schema)
+        found.append(statistics_test(config, asked, priced, alarm=_ALARM / 2))
+    return tuple(found)
 
 
 def _debit(site: Site, task: Task, run: Understood) -> Head:
     """Commits what the task asks for, before any record is read."""
-    releases = [("rounds", task.round)] if task.round else []
+    releases = [("statistics", task.statistics)] if task.statistics else []
+    if task.round:
+        releases.append(("rounds", task.round))
     if task.evaluation:
         releases.append(("evaluations", task.evaluation))
         if run.priced.figures_noise:

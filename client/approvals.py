@@ -71,7 +71,8 @@ def held(run_id: str, terms: str, asked: Asked, config: RunConfig, left: Left) -
         "name": config.federation.name,
         "family": asked.family,
         "parameters": asked.parameters,
-        "rounds": config.federation.rounds,
+        "rounds": config.rounds,
+        "statistics": config.statistics_share > 0,
         "sites": config.federation.sites,
         "unit": asked.unit,
         "mechanism": asked.mechanism,
@@ -246,9 +247,12 @@ def _words(asks: Mapping[str, Any], left: Left) -> tuple[str, ...]:
         f"{asks['t_collude']} of them conspire with the server."
     )
     signed = asks["coordinator"] or "nobody"
-    what = f"a {asks['family']} of {asks['parameters']} parameters"
+    rounds = [f"{asks['rounds']} rounds of training a model of {asks['parameters']} parameters"]
+    # Of runs that were held before there were any.
+    first = ["one round of noisy statistics"] if asks.get("statistics") else []
+    what = ", then ".join(first + (rounds if asks["rounds"] else []))
     return (
-        f'"{asks["name"]}" trains {what}, {asks["rounds"]} rounds at {asks["sites"]} sites.',
+        f'"{asks["name"]}" makes a {asks["family"]} at {asks["sites"]} sites: {what}.',
         price,
         summed,
         f"The run is signed by {signed}.",

@@ -3,8 +3,8 @@
 Everything but coins is known beforehand, so that what comes out can be held against what the plan
 claims (`privacy.conformance`). Two trials go through the same code: one with the plan's own noise,
 and one with so little of it that clipping and sampling are seen sharply. What is tried is the sum
-of gradients, or a site's update: the noise of evaluations and of an adapting norm's indicator, and
-what a server does with a sum, are not.
+of gradients, or a site's update, and of a run with statistics (`statistics_test`) theirs: the noise
+of evaluations and of an adapting norm's indicator, and what a server does with a sum, are not.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import torch
@@ -90,6 +91,25 @@ class Tested:
         return (*of_noise, *(replace(one, name=f"{one.name}, little noise") for one in others))
 
 
+Own = Callable[[RunConfig, Plan, Claim, int, int, Coins], Arrays]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a trial is of; its plan says of rounds what is claimed of these releases.
+
+    Attributes:
+        part: Which part of the plan they are.
+        block: What they are called in a secure vector.
+        own: (config, plan, claim, width, place, coins) -> what one site makes of its records
+            before masking, through the code of a round.
+    """
+
+    part: Literal["rounds", "statistics"]
+    block: str
+    own: Own
+
+
 def self_test(
     config: RunConfig,
     priced: Plan,
@@ -120,19 +140,32 @@ def self_test(
     if priced.epsilon is None:
         raise ConformanceError('privacy.mechanism = "none": adds no noise that could be tested')
     if priced.shares_noise and parameters:
-        _check_grid(priced, parameters)
+        check_grid(ROUNDS, priced, parameters)
     _check_split(priced)
     _check_whole_norm(priced)
     priced = replace(priced, clipping_norm=max(priced.clipping_norm, _LEAST_NORM))
+    return trials(ROUNDS, config, priced, sites, make, alarm)
+
+
+def trials(
+    tried: Tried,
+    config: RunConfig,
+    priced: Plan,
+    sites: int,
+    make: Callable[[], Coins],
+    alarm: float,
+) -> Tested:
+    """Both trials; see `self_test`."""
     little = replace(priced, noise_multiplier=min(priced.noise_multiplier, _LITTLE))
-    committed = _committed(priced)
+    committed = _committed(tried, priced)
     return Tested(
-        judge(*_trial(config, priced, sites, make, committed, records=False), alarm / 2),
-        judge(*_trial(config, little, sites, make, committed, records=True), alarm / 2),
+        judge(*_trial(tried, config, priced, sites, make, committed, records=False), alarm / 2),
+        judge(*_trial(tried, config, little, sites, make, committed, records=True), alarm / 2),
     )
 
 
 def _trial(
+    tried: Tried,
     config: RunConfig,
     priced: Plan,
     sites: int,
@@ -142,9 +175,9 @@ def _trial(
     records: bool,
 ) -> tuple[Observed, Claim]:
     """What was released and what is claimed of it, with many records or hardly any."""
-    claim, width = _claim(priced, sites, records=records)
+    claim, width = _claim(tried, priced, sites, records=records)
     site_coins = [make() for _ in range(claim.sites)]
-    steps = [_step(config, priced, claim, width, site_coins) for _ in range(claim.steps)]
+    steps = [_step(tried, config, priced, claim, width, site_coins) for _ in range(claim.steps)]
     shares = None
     if claim.sites > 1:
         shares = np.stack([own for _, own in steps], axis=1)[:, :, claim.slots :]
@@ -152,7 +185,7 @@ def _trial(
     return Observed(released, committed, shares), claim
 
 
-def _claim(priced: Plan, sites: int, *, records: bool) -> tuple[Claim, int]:
+def _claim(tried: Tried, priced: Plan, sites: int, *, records: bool) -> tuple[Claim, int]:
     """What is claimed of a trial's releases, and how many coordinates they have."""
     of_sites, norm = priced.unit == "site", priced.clipping_norm
     rate = 1.0 if of_sites else priced.sampling_rate
@@ -167,7 +200,7 @@ def _claim(priced: Plan, sites: int, *, records: bool) -> tuple[Claim, int]:
         sites = slots * each  # each adds one update
     shares = Shares(sites, 1) if of_sites and sites > 1 else None
     if priced.shares_noise:
-        share, grid = _check_grid(priced, width)
+        share, grid = check_grid(tried, priced, width)
         least = min(sites, _honest(priced))
         sigma, shares = share * math.sqrt(least), Shares(sites, least, grid)
     claim = Claim(sigma, clip, rate, slots, each, steps, per_commit, shares)
@@ -189,14 +222,14 @@ def _honest(priced: Plan) -> int:
     return numbers.n_min - numbers.t_collude if numbers is not None else 1
 
 
-def _check_grid(priced: Plan, width: int) -> tuple[float, float]:
+def check_grid(tried: Tried, priced: Plan, width: int) -> tuple[float, float]:
     """A share's standard deviation and the grid's width, in units of the release.
 
     Computed anew: the honest sites' noise is what was priced, for the sum as it is rounded
     (`shared_noise`: a unit moves it by C and, rounded, by sqrt(d) steps more; nine steps squared of
     the variance are not counted).
     """
-    block = _placed(priced, width).block
+    block = _placed(tried, priced, width).block
     share, grid = block.sigma / block.scale, 1 / block.scale
     variance = _honest(priced) * share**2 - 9 * grid**2
     moved = priced.clipping_norm + math.sqrt(width) * grid
@@ -248,29 +281,35 @@ def _first(module: nn.Module, batch: Batch, generator: torch.Generator) -> Tenso
     return torch.as_tensor(module(batch.x)).squeeze(1) * batch.x[:, 0]
 
 
-def _placed(priced: Plan, width: int) -> vector.Placed:
+def _placed(tried: Tried, priced: Plan, width: int) -> vector.Placed:
     norm, rate = priced.clipping_norm, priced.sampling_rate
-    release = vector.Release("update", width, norm, _multiplier(priced), rate, norm)
+    release = vector.Release(tried.block, width, norm, _multiplier(priced), rate, norm)
     return vector.placed([release], priced)[0]
 
 
 def _step(
-    config: RunConfig, priced: Plan, claim: Claim, width: int, site_coins: Sequence[Coins]
+    tried: Tried,
+    config: RunConfig,
+    priced: Plan,
+    claim: Claim,
+    width: int,
+    site_coins: Sequence[Coins],
 ) -> tuple[np.ndarray, np.ndarray]:
     """One release [d], and what each site added to it, [sites, d]."""
     own = [
-        _own(config, priced, claim, width, place, coins) for place, coins in enumerate(site_coins)
+        tried.own(config, priced, claim, width, place, coins)
+        for place, coins in enumerate(site_coins)
     ]
     hooks = mechanism_of(priced)
     if priced.shares_noise and priced.numbers is not None:
-        placed = (_placed(priced, width),)
+        placed = (_placed(tried, priced, width),)
         words = [
-            vector.words({"update": part}, placed, priced.numbers, coins)
+            vector.words({tried.block: part}, placed, priced.numbers, coins)
             for part, coins in zip(own, site_coins, strict=True)
         ]
         total = np.add.reduce(np.stack(words), axis=0, dtype=np.uint32)
-        each = [vector.reals(part, placed)["update"] for part in words]
-        return vector.reals(total, placed)["update"], np.stack(each)
+        each = [vector.reals(part, placed)[tried.block] for part in words]
+        return vector.reals(total, placed)[tried.block], np.stack(each)
     summed = {name: np.sum([part[name] for part in own], axis=0) for name in own[0]}
     released = hooks.at_server(summed, priced.noise_scale, site_coins[0])
     return vector.flat(released), np.stack([vector.flat(part) for part in own])
@@ -280,8 +319,7 @@ def _own(
     config: RunConfig, priced: Plan, claim: Claim, width: int, place: int, coins: Coins
 ) -> Arrays:
     """What one site makes of its records before masking, through the code of a round."""
-    pulled = np.arange(claim.slots * claim.records) // claim.records
-    mine = torch.from_numpy(pulled[place :: claim.sites])
+    mine, persons = whose(priced, claim, place)
     gain = _GAIN * priced.clipping_norm
     if priced.unit == "site":
         change = np.zeros(width)
@@ -290,11 +328,18 @@ def _own(
         update, _ = clipped_update(halves, priced.clipping_norm)
         scale = priced.update_noise * priced.clipping_norm
         return mechanism_of(priced).at_site(update, scale, coins)
+    records = Side(Batch(torch.full((len(mine), 1), gain), mine), persons)
+    return gradient_sum(SLOTS, _Slots(width), records, config, priced, coins)
+
+
+def whose(priced: Plan, claim: Claim, place: int) -> tuple[Tensor, Tensor]:
+    """The slots of the records that a site has, [N], and whose they are, [N]."""
+    pulled = np.arange(claim.slots * claim.records) // claim.records
+    mine = torch.from_numpy(pulled[place :: claim.sites])
     persons = torch.arange(len(mine))
     if priced.unit == "person":
         persons, mine = persons.repeat(_OF_A_PERSON), mine.repeat(_OF_A_PERSON)
-    records = Side(Batch(torch.full((len(mine), 1), gain), mine), persons)
-    return gradient_sum(SLOTS, _Slots(width), records, config, priced, coins)
+    return mine, persons
 
 
 _HALVES = ("first.weight", "second.weight")
@@ -338,20 +383,30 @@ SLOTS = Family(
 """The synthetic family: its records are (gain, slot)."""
 
 
-def _committed(priced: Plan) -> _Committed:
+ROUNDS = Tried("rounds", "update", _own)
+
+
+def _of(tried: Tried, priced: Plan, commits: int) -> Plan:
+    """A plan with so many releases of what is tried."""
+    if tried.part == "statistics":
+        return replace(priced, statistics=commits)
+    return replace(priced, rounds=commits)
+
+
+def _committed(tried: Tried, priced: Plan) -> _Committed:
     """Debits the trial's releases from a ledger of its own; what that ledger then says."""
     commits = math.ceil(STEPS / _per_commit(priced))
-    asked = order("self-test", "", "public-records", replace(priced, rounds=commits))
+    asked = order("self-test", "", "public-records", _of(tried, priced, commits))
     with TemporaryDirectory(prefix="fedveil-") as folder:
         path = Path(folder) / "ledger.sqlite"
         Ledger.create(path, "self-test", simulated=True)
         ledger = Ledger.open(path)
         try:
             for index in range(1, commits + 1):
-                ledger.debit(asked, Lifetime(None, 0.5), {}, [("rounds", index)])
+                ledger.debit(asked, Lifetime(None, 0.5), {}, [(tried.part, index)])
             book = ledger.read().runs["self-test"]
         finally:
             ledger.close()
-    made = book.made["rounds"]
+    made = book.made[tried.part]
     # Indices only go up: as many as the last one says are all of them.
-    return {"self-test": tuple(range(1, made + 1)) if made == book.last["rounds"] else ()}
+    return {"self-test": tuple(range(1, made + 1)) if made == book.last[tried.part] else ()}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ..config import FedveilError, RunConfig
 from ..data_prep import check_unit
 from ..data_prep.schema import Schema, schema_from_json
-from ..models import family
+from ..models import check_modality, family
 from ..privacy.limits import BudgetError, LedgerError, TermsError
 from ..privacy.plan import Plan, plan
 from ..privacy.policy import Asked, PolicyRefusal, asked_by
@@ -41,6 +41,7 @@ def understand(config_json: str, schema_json: str) -> Understood:
     """Reads the run and prices it by the site's own code; whatever the server says it costs."""
     config, schema = RunConfig.model_validate_json(config_json), schema_from_json(schema_json)
     check_unit(config, schema)
+    check_modality(config.model.family, schema)
     kind = family(config.model.family)
     with torch.device("meta"):  # to be counted, whatever size a server has asked for
         module = kind.build(config.model, schema)

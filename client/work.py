@@ -17,18 +17,24 @@ from ..privacy.plan import Plan
 from ..wire import Task
 from .evaluation import holdout_sums, training_sums
 from .site import Records, Site, no_records
+from .statistics import statistics_sums
 from .training import clipped_update, train
 
 # A panic of polars is no Exception, and may be as data-dependent as any.
 FAILURES = (Exception, PanicException)
 
 Parts = dict[str, Arrays]
-"""Arrays by name, by part of the round: `update`, `clipping`, `holdout`, `training`."""
+"""Arrays by name, by part of the round.
+
+These are `statistics`, `update`, `clipping`, `holdout` and `training`.
+"""
 
 log = logging.getLogger(__name__)
 
 
-def parts_of(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: Site) -> Parts:
+def parts_of(  # noqa: C901  one branch a part
+    task: Task, config: RunConfig, schema: Schema, priced: Plan, site: Site
+) -> Parts:
     """What the site adds to each part that a task asks for, after its own noise.
 
     Where noise is shared out, it comes with the grid (`privacy.vector`): until then nothing of it
@@ -56,10 +62,16 @@ def parts_of(task: Task, config: RunConfig, schema: Schema, priced: Plan, site: 
         model = loaded(task.released)
         return {"training": training_sums(model, records.training, config, priced, site.coins)}
 
+    def statistics(records: Records) -> Parts:
+        found = statistics_sums(records.training, config, schema, priced, site.coins)
+        return {"statistics": found}
+
     def part(work: Callable[[Records], Parts]) -> Parts:
         return _without_fail(work, config, schema, site)
 
     parts = Parts()
+    if task.statistics:
+        parts |= part(statistics)
     if task.round:
         loaded(task.arrays)  # what cannot be loaded fails before a record is read
         parts |= part(training)

@@ -23,6 +23,7 @@ def check_compatibility(config: Derived) -> None:
     _check_strategy(config)
     _check_unit(config)
     _check_clipping(config)
+    _check_statistics(config)
     if config.encryption == "secagg":
         _check_secagg(config)
         _check_numbers(config)
@@ -113,6 +114,31 @@ def _check_clipping(config: Derived) -> None:
             raise ValueError(f'privacy.{option}: goes with privacy.mechanism = "site" only')
     if config.privacy.clipping == "fixed" and _is_given(config.privacy, "clipping_quantile"):
         raise ValueError('privacy.clipping_quantile: goes with privacy.clipping = "adaptive" only')
+
+
+def _check_statistics(config: Derived) -> None:
+    share, family = config.privacy.statistics_share, config.model.family
+    if family == "marginal" and share not in {None, 1.0}:
+        raise ValueError(
+            f'privacy.statistics_share = {share:g}: model.family = "marginal" is made of the '
+            "statistics alone; leave it out"
+        )
+    if config.model.family != "marginal" and share == 1 and not config.model.warm_start:
+        raise ValueError(
+            "model.warm_start = false: with privacy.statistics_share = 1 nothing would be trained; "
+            "leave one of them out"
+        )
+    if config.federation.rounds == 0 and share != 1 and family != "marginal":
+        raise ValueError(
+            "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where "
+            "nothing is trained beyond the statistics"
+        )
+    figures = config.evaluation.training_share
+    if share not in {None, 1.0} and share + figures >= 1:
+        raise ValueError(
+            f"privacy.statistics_share + evaluation.training_share = {share + figures:g}: must "
+            "leave some of the budget to training; lower one of them below a sum of 1"
+        )
 
 
 def _check_secagg(config: Derived) -> None:

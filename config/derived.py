@@ -40,6 +40,8 @@ _LEARNING_RATES: Mapping[StrategyName, float] = {
 _SERVER_STEPS: tuple[StrategyName, ...] = ("adam", "sgd")
 # More records a step drown the noise, at more seconds a round; beyond this the gain was small.
 _EXPECTED_BATCH = 512
+# As measured (benchmarks/results/shares.json).
+_STATISTICS_SHARES: Mapping[str, float] = {"table": 0.5, "image": 0.5, "text": 0.5}
 # Under `site`, every evaluation is of the same records as the training, and of its budget.
 _EVALUATED_SHARE = 0.1
 
@@ -93,6 +95,29 @@ class Derived(Options):
         return self.strategy not in _SERVER_STEPS
 
     @property
+    def statistics_share(self) -> float:
+        """The statistics' share of the budget in force; none while nobody said what the data is."""
+        return self._statistics_share("") or 0.0
+
+    def _statistics_share(self, modality: str) -> float | None:
+        if self.privacy.statistics_share is not None:
+            return self.privacy.statistics_share
+        if self.model.family == "marginal":
+            return 1.0
+        return 0.0 if self.unit == "site" else _STATISTICS_SHARES.get(modality)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of training in force: none where the statistics have the whole budget."""
+        return 0 if self.statistics_share == 1 else self.federation.rounds
+
+    @property
+    def warm_start(self) -> bool:
+        """Whether the model is trained, before any round, on samples of the statistics."""
+        asked = self.model.family != "marginal" and self.model.warm_start
+        return asked and self.statistics_share > 0
+
+    @property
     def records(self) -> int:
         """The declared public number of records of the whole federation."""
         declared = self.data.records or BUILT_IN_SIZES.get(self.data.source)
@@ -118,11 +143,15 @@ class Derived(Options):
         return self.data.persons
 
     @property
+    def trained(self) -> float:
+        """The declared number of records or persons that the whole federation trains on."""
+        whole = self.records if self.unit == "site" else self.units
+        return whole * (1 - self.data.holdout - self.data.audit)
+
+    @property
     def pool(self) -> float:
         """The declared number of records or persons that a step samples from: all, or a site's."""
-        whole = self.records if self.unit == "site" else self.units
-        pool = whole * (1 - self.data.holdout - self.data.audit)
-        return pool / self.federation.sites if self.trains_at_sites else pool
+        return self.trained / self.federation.sites if self.trains_at_sites else self.trained
 
     @property
     def delta(self) -> float:
@@ -145,7 +174,7 @@ class Derived(Options):
     def evaluate_every(self) -> int:
         """Rounds between evaluations in force; 0: only at the end."""
         if self.evaluation.every is None:
-            return math.ceil(self.federation.rounds / 4)
+            return math.ceil(self.rounds / 4)
         return self.evaluation.every
 
     @property
@@ -154,7 +183,7 @@ class Derived(Options):
         if self.data.holdout == 0:
             return 0
         every = self.evaluate_every
-        return 1 + ((self.federation.rounds - 1) // every if every else 0)
+        return 1 + (max(0, self.rounds - 1) // every if every else 0)
 
     @property
     def dataset_id(self) -> str:
@@ -181,14 +210,24 @@ class Derived(Options):
             return self.n_min
         return self.federation.min_replies or self.federation.sites // 2 + 1
 
-    def resolved(self) -> Self:
-        """This configuration with every default written in that follows from it alone."""
+    def resolved(self, modality: str = "") -> Self:
+        """This configuration with every default written in that follows from it.
+
+        Args:
+            modality: The schema's; a default that hangs on it stays open without.
+        """
+        share = self._statistics_share(modality)
+        if share != self.privacy.statistics_share:
+            privacy = self.privacy.model_copy(update={"statistics_share": share})
+            return self.model_copy(update={"privacy": privacy}).resolved()
         secagg = {}
         if self.encryption == "secagg":
             secagg = {"n_min": self.n_min, "threshold": self.threshold}
         return self.model_copy(
             update={
-                "federation": self.federation.model_copy(update={"min_replies": self.min_replies}),
+                "federation": self.federation.model_copy(
+                    update={"min_replies": self.min_replies, "rounds": self.rounds}
+                ),
                 "data": self.data.model_copy(
                     update={"records": self.records, "dataset_id": self.dataset_id}
                 ),

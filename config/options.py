@@ -31,7 +31,12 @@ class Federation(Options):
 
     name: str = Field("fedveil", pattern=NAME, description="Run name.")
     sites: Count = Field(10, description="Number of sites (simulated ones, in a simulation).")
-    rounds: int = Field(200, ge=1, le=100_000, description="Rounds of training.")
+    rounds: int = Field(
+        200,
+        ge=0,
+        le=100_000,
+        description="Rounds of training; none where the statistics have the whole budget.",
+    )
     seed: int = Field(
         0,
         ge=0,
@@ -82,14 +87,14 @@ class Data(Options):
 
     source: str = Field(
         min_length=1,
-        description="A CSV or Parquet file, an npz, a folder of images by class, "
-        "`sklearn:digits` or `sklearn:breast_cancer`. Relative to this file.",
+        description="A CSV or Parquet file, an npz, a folder of images by class, a .txt or .jsonl, "
+        "a folder of .txt, `sklearn:digits` or `sklearn:breast_cancer`. Relative to this file.",
     )
     schema_file: str | None = Field(
         None,
         alias="schema",
-        description="The schema (TOML) that declares columns and bounds, or image shape and "
-        "classes. Built in for `sklearn:` sources.",
+        description="The schema (TOML) that declares columns and bounds, image shape and classes, "
+        "or the length of a text. Built in for `sklearn:` sources.",
     )
     records: Count | None = Field(
         None,

@@ -129,7 +129,8 @@ def _one_line(  # noqa: C901  one case a kind of error
             line = f"{field}.{_tag_name(context)}: missing: it has no default"
         case "union_tag_invalid":
             tag, known = context["tag"], context["expected_tags"]
-            line = f'{field}.{_tag_name(context)} = "{tag}": must be {known.replace(", ", " or ")}'
+            line = f"{field}.{_tag_name(context)} = {json.dumps(tag, ensure_ascii=False)}: "
+            line += f"must be {known.replace(', ', ' or ')}"
             nearest = _nearest(tag, known.split("'")[1::2])
             line += nearest if "did you mean" in nearest else ""
         case "too_short" | "string_too_short":
@@ -166,11 +167,10 @@ def _tag_name(context: Mapping[str, Any]) -> str:
 
 def _without_tags(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """A location as the user knows it: a section's kind is no part of it."""
-    section, *rest = location
-    field = model.model_fields.get(str(section))
-    if field is None or field.discriminator is None or not rest:
+    field = model.model_fields.get(str(location[0])) if len(location) > 1 else None
+    if field is None or field.discriminator is None:
         return location
-    return section, *rest[1:]
+    return location[0], *location[2:]
 
 
 def _did_you_mean(model: type[BaseModel], location: tuple[int | str, ...]) -> str:

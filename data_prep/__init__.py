@@ -1,16 +1,33 @@
 """Data at a site: read, clean, split, encode. The registry of modalities."""
 
 from importlib import import_module
+from pathlib import Path
 
 from ..config import ConfigError, RunConfig
 from .modality import Encoded, Modality
 from .schema import ImageSchema, Schema, load_schema
 
-__all__ = ["MODALITIES", "Encoded", "Modality", "Schema", "check_unit", "modality", "run_schema"]
+__all__ = [
+    "MODALITIES",
+    "Encoded",
+    "Modality",
+    "Schema",
+    "check_unit",
+    "held_by",
+    "modality",
+    "run_schema",
+]
 
 MODALITIES = {
     "table": "tabular:MODALITY",
     "image": "images:MODALITY",
+    "text": "texts:MODALITY",
+}
+
+_PERSON_MENDS = {
+    "table": 'name the column of its key, person = "...", or ',
+    "image": "",
+    "text": 'name its key in a line of .jsonl, person = "...", or ',
 }
 
 
@@ -23,6 +40,18 @@ def modality(schema: Schema) -> Modality:
     return found
 
 
+def held_by(source: str) -> str:
+    """The modality that a file or folder seems to be of, by its endings alone."""
+    path = Path(source)
+    if path.is_dir():
+        from .images import image_files
+        from .texts import text_files
+
+        return "text" if text_files(path) and not image_files(path) else "image"
+    ending = path.suffix.lower()
+    return {".npz": "image", ".txt": "text", ".jsonl": "text"}.get(ending, "table")
+
+
 def check_unit(config: RunConfig, schema: Schema) -> None:
     """Refuses to hide persons where nothing says whose a record is.
 
@@ -30,9 +59,7 @@ def check_unit(config: RunConfig, schema: Schema) -> None:
         ConfigError: The unit is a person, and the schema names no key of one.
     """
     if config.unit == "person" and schema.person is None:
-        mend = (
-            "" if schema.modality == "image" else 'name the column of its key, person = "...", or '
-        )
+        mend = _PERSON_MENDS[schema.modality]
         raise ConfigError(
             f'privacy.unit = "person": the schema of these {schema.modality}s knows no person; '
             f'{mend}use privacy.unit = "record"'

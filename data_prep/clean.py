@@ -41,16 +41,20 @@ class CleaningReport:
         blank: Those without any value, such as a line with a wrong number of fields.
         kept: How many are left.
         columns: What was found in those that are not blank.
+        advice: What to do where no value of a column is what the schema declares.
     """
 
     records: int
     blank: int
     kept: int
     columns: Mapping[str, ColumnReport]
+    advice: str = "check the schema, the file's header and its separator"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """What was found as plain values, for JSON."""
+        found = asdict(self)
+        del found["advice"]
+        return found
 
 
 def clean(
@@ -102,7 +106,7 @@ def refuse_unusable(report: CleaningReport) -> None:
         if present and column.type_errors + column.unknown_categories == present:
             raise DataError(
                 f'column "{name}" = {column.example!r}, ...: no value is what the schema declares; '
-                "check the schema, the file's header and its separator"
+                f"{report.advice}"
             )
     if not report.kept:
         found = {name: asdict(column) for name, column in report.columns.items()}

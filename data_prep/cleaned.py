@@ -17,14 +17,15 @@ from ..files import create_secret_file, publish
 from . import modality
 from .clean import CleaningReport, refuse_unusable
 from .images import Images
-from .schema import Column, ImageSchema, Schema, TableSchema
+from .schema import Column, ImageSchema, Schema, TableSchema, TextSchema
+from .texts import Texts
 
 
 def write_cleaned(source: str, schema: Schema, rules: Clean, out: Path) -> CleaningReport:
     """Cleans a file or folder into a new file, and writes `OUT.cleaning.json` beside it.
 
-    Tables: `.csv`, `.parquet`; images: `.npz`. Both files are for their owner's eyes, for they are
-    as private as the data, and both are there or none is.
+    Tables: `.csv`, `.parquet`; images: `.npz`; texts: `.jsonl`. Both files are for their owner's
+    eyes, for they are as private as the data, and both are there or none is.
 
     Raises:
         DataError: The data cannot be used.
@@ -55,7 +56,7 @@ def write_cleaned(source: str, schema: Schema, rules: Clean, out: Path) -> Clean
 
 
 def _writer(schema: Schema, out: Path) -> Callable[[Any, Any], bytes]:
-    writers = _IMAGE_WRITERS if isinstance(schema, ImageSchema) else _TABLE_WRITERS
+    writers = _WRITERS[schema.modality]
     writer = writers.get(out.suffix)
     if writer is None:
         endings = " or ".join(writers)
@@ -100,6 +101,8 @@ def _write_pair(
 def _same(again: Any, cleaned: Any) -> bool:  # noqa: ANN401
     if isinstance(cleaned, pl.DataFrame):
         return cleaned.equals(again)
+    if isinstance(cleaned, Texts):
+        return bool(cleaned == again)
     return np.array_equal(again.pixels, cleaned.pixels) and np.array_equal(
         again.labels, cleaned.labels
     )
@@ -170,5 +173,17 @@ def _npz(cleaned: Images, schema: ImageSchema) -> bytes:
     return buffer.getvalue()
 
 
-_TABLE_WRITERS: dict[str, Callable[[Any, Any], bytes]] = {".csv": _csv, ".parquet": _parquet}
-_IMAGE_WRITERS: dict[str, Callable[[Any, Any], bytes]] = {".npz": _npz}
+def _jsonl(cleaned: Texts, schema: TextSchema) -> bytes:
+    lines = []
+    for content, person in zip(cleaned.contents, cleaned.persons, strict=True):
+        whose = {} if schema.person is None else {schema.person: person}
+        record = {schema.field: (content or b"").decode(), **whose}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+_WRITERS: dict[str, dict[str, Callable[[Any, Any], bytes]]] = {
+    "table": {".csv": _csv, ".parquet": _parquet},
+    "image": {".npz": _npz},
+    "text": {".jsonl": _jsonl},
+}

@@ -1,4 +1,4 @@
-"""A draft of a schema, read off a table or images, for a person to confirm.
+"""A draft of a schema, read off a table, images or texts, for a person to confirm.
 
 Domains come from the declared schema, never silently from the data: so all that a draft took from
 them is marked, and a run refuses a schema with a mark.
@@ -11,11 +11,13 @@ from pathlib import Path
 import polars as pl
 
 from ..config import ConfigError
+from . import held_by
 from .clean import DataError, trimmed
 from .draft_images import Found, find_images
-from .draft_text import image_text, table_text
+from .draft_text import image_text, table_text, text_text
+from .draft_texts import find_texts
 from .guess import Guess, LeftOut, guess
-from .schema import Column, ImageSchema, Schema, TableSchema, marks
+from .schema import Column, ImageSchema, Schema, TableSchema, TextSchema, marks
 from .sheet import Sheet, read_sheet
 from .words import MARKERS, nearest, quoted
 
@@ -43,7 +45,7 @@ class Draft:
 
 
 def draft_schema(source: str, label: str | None = None) -> Draft:
-    """Drafts the schema of a table (CSV, TSV, Parquet) or of images (npz, folder by class).
+    """Drafts the schema of a table (CSV, TSV, Parquet), of images (npz, folder) or texts.
 
     Args:
         source: The file or folder.
@@ -56,11 +58,19 @@ def draft_schema(source: str, label: str | None = None) -> Draft:
     path = Path(source)
     if source.startswith("sklearn:"):
         raise ConfigError(f"{source}: its schema is built in; leave data.schema out of the run")
-    if not path.is_dir() and path.suffix.lower() != ".npz":
+    held = held_by(source)
+    if held == "table":
         return _draft_table(source, label)
     if label is not None:
-        raise ConfigError(f"--label {label}: is for tables; of images the class is the label")
-    return _draft_images(find_images(path), path.name)
+        why = "of images the class is the label" if held == "image" else "texts have none"
+        raise ConfigError(f"--label {label}: is for tables; {why}")
+    return _draft_texts(source) if held == "text" else _draft_images(find_images(path), path.name)
+
+
+def _draft_texts(source: str) -> Draft:
+    found = find_texts(source)
+    schema = TextSchema(length=found.length, field=found.field, unconfirmed=found.read_off)
+    return Draft(schema, text_text(schema, found.keys, Path(source).name), {}, found.keys, ())
 
 
 def _draft_images(found: Found, name: str) -> Draft:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from .guess import Guess, LeftOut
-from .schema import Column, ImageSchema, TableSchema
+from .schema import Column, ImageSchema, TableSchema, TextSchema
 from .words import quoted
 
 _HEAD = """\
@@ -29,6 +29,14 @@ _IMAGE = """\
 #   height, width, channels   of every image; others are dropped
 #   classes                   all that there can be; a number counts from the first
 #   images, labels            the arrays of the .npz
+"""
+_TEXT = """\
+#   length   bytes of a record: longer ones are cut off
+#   field    the key of the text in a line
+"""
+_PLAIN_TEXT = """\
+# The schema of a plain text, by `fedveil data schema`. Nothing in it was read off the data.
+#   length   bytes of a record: the text is cut at every so many, and one record is what is hidden
 """
 
 
@@ -68,6 +76,18 @@ def image_text(schema: ImageSchema, name: str) -> str:
         lines.append(f"labels = {quoted(schema.labels)}")
     lines.append(f"unconfirmed = {_array(schema.unconfirmed)}")
     return _HEAD.format(name=quoted(name)) + _IMAGE + "\n".join(lines) + "\n"
+
+
+def text_text(schema: TextSchema, keys: Sequence[str], name: str) -> str:
+    """The TOML of drafted texts."""
+    lines = ['modality = "text"', f"length = {schema.length}"]
+    if "field" in schema.unconfirmed:
+        lines.append(f"field = {quoted(schema.field)}")
+    lines += [f"# person = {quoted(key)}   # if this is the key of a person" for key in keys]
+    if schema.unconfirmed:
+        lines.append(f"unconfirmed = {_array(schema.unconfirmed)}")
+        return _HEAD.format(name=quoted(name)) + _TEXT + "\n".join(lines) + "\n"
+    return _PLAIN_TEXT + "\n".join(lines) + "\n"
 
 
 def _column_text(guess: Guess) -> str:

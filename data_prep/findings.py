@@ -24,7 +24,7 @@ from .clean import (
     trimmed,
 )
 from .images import Images
-from .schema import Column, ImageSchema, Schema, TableSchema
+from .schema import Column, ImageSchema, Schema, TableSchema, TextSchema
 from .tabular import TEXT_SUFFIXES, read_rows, separator_hint
 from .words import MARKERS, near, quoted
 
@@ -95,6 +95,8 @@ def check(source: str, schema: Schema, rules: Clean) -> Checked:
         refusal = str(error)
     if isinstance(schema, ImageSchema):
         return Checked(report, tuple(_image_findings(raw, schema, report)), refusal)
+    if isinstance(schema, TextSchema):
+        return Checked(report, tuple(_text_findings(source, schema, report)), refusal)
     return Checked(report, tuple(_table_findings(source, raw, schema, rules, report)), refusal)
 
 
@@ -219,6 +221,26 @@ def _counted(text: pl.Series, bad: pl.Series) -> dict[str, int]:
     found = text.filter(bad).alias("value").value_counts(name="times")
     pairs = sorted(found.rows(), key=lambda pair: (-pair[1], pair[0]))
     return {str(value): int(times) for value, times in pairs}
+
+
+def _text_findings(source: str, schema: TextSchema, report: CleaningReport) -> Iterable[Finding]:
+    lines = Path(source).suffix.lower() == ".jsonl"
+    if report.blank:
+        yield Finding(None, "nothing in it", report.blank, (), DROPPED)
+    if count := report.columns["text"].type_errors:
+        what = f"no JSON object with a text {quoted(schema.field)}" if lines else "not UTF-8"
+        mend = (
+            "compare these lines with the others, or the schema's field with their keys"
+            if lines
+            else "save the text as UTF-8; a byte of zero is part of no text"
+        )
+        yield Finding("text", what, count, (), DROPPED, mend)
+    if count := report.columns["text"].out_of_bounds:
+        becomes = "carriage returns go, others become blanks"
+        yield Finding("text", "control characters", count, (), becomes)
+    if schema.person is not None and (count := report.columns["person"].missing):
+        mend = "a record of nobody cannot be kept with its person's others; fill the key in"
+        yield Finding(schema.person, "missing", count, (), DROPPED, mend)
 
 
 def _image_findings(raw: Images, schema: ImageSchema, report: CleaningReport) -> Iterable[Finding]:

@@ -201,10 +201,42 @@ class ImageSchema(Options):
         return
 
 
-Schema = TableSchema | ImageSchema
-_SCHEMAS: dict[str, type[TableSchema] | type[ImageSchema]] = {
+class TextSchema(Options):
+    """Texts, cut into records of a declared number of bytes; without classes."""
+
+    modality: Literal["text"] = "text"
+    length: Annotated[int, Field(ge=4, le=4096)] = 64  # bytes of a record; a shorter one is padded
+    field: Annotated[str, Field(min_length=1)] = "text"  # the key of the text in a line of JSON
+    person: Annotated[str, Field(min_length=1)] | None = None  # and of whose it is
+    unconfirmed: Marks = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.person == self.field:
+            raise ValueError(f'person = "{self.person}": is the key of the text; name another')
+        return self
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Of an encoded record."""
+        return (self.length,)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Texts have none."""
+        return ()
+
+    @property
+    def label(self) -> None:
+        """Texts have none."""
+        return
+
+
+Schema = TableSchema | ImageSchema | TextSchema
+_SCHEMAS: dict[str, type[TableSchema] | type[ImageSchema] | type[TextSchema]] = {
     "table": TableSchema,
     "image": ImageSchema,
+    "text": TextSchema,
 }
 
 
@@ -225,7 +257,7 @@ def parse_schema(raw: dict[str, Any], origin: str, *, draft: bool = False) -> Sc
     """
     modality = raw.get("modality", "table")
     if not isinstance(modality, str) or modality not in _SCHEMAS:
-        raise ConfigError(f"{origin}: modality = {modality!r}: must be table or image")
+        raise ConfigError(f"{origin}: modality = {modality!r}: must be table, image or text")
     try:
         schema: Schema = validated(_SCHEMAS[modality], raw)
     except ConfigError as error:

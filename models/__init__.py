@@ -2,9 +2,11 @@
 
 from importlib import import_module
 
+from ..config import ConfigError
+from ..data_prep.schema import Schema
 from .family import Batch, Family
 
-__all__ = ["FAMILIES", "Batch", "Family", "family"]
+__all__ = ["FAMILIES", "Batch", "Family", "check_modality", "family"]
 
 FAMILIES = {
     "marginal": "marginal:FAMILY",
@@ -23,3 +25,17 @@ def family(name: str) -> Family:
     if not isinstance(found, Family):
         raise TypeError(f"{module}:{attribute} is no Family")
     return found
+
+
+def check_modality(name: str, schema: Schema) -> None:
+    """Refuses a family that does not make a schema's kind of data.
+
+    Raises:
+        ConfigError: It does not; those are named that do.
+    """
+    if schema.modality in family(name).modalities:
+        return
+    others = [f'"{other}"' for other in FAMILIES if schema.modality in family(other).modalities]
+    raise ConfigError(
+        f'model.family = "{name}": makes no {schema.modality}s; use {" or ".join(others)}'
+    )

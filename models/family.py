@@ -54,6 +54,7 @@ class Family:
         score_bounds: module -> (low, high), public bounds that scores are clipped to where they are
             added up: from the schema and the options alone.
         trainable: module -> names of the parameters that are trained.
+        modalities: The kinds of data that it makes.
         fit: (options, schema, statistics, generator) -> a module that says what the statistics
             say: post-processing. Of a family that is fitted so and never trained; else `None`.
         server_step: (module, mean gradient, generator) -> the gradient for the optimiser; where a
@@ -66,6 +67,7 @@ class Family:
     scores: Callable[[nn.Module, Batch], Tensor]
     score_bounds: Callable[[nn.Module], tuple[float, float]]
     trainable: Callable[[nn.Module], list[str]] = all_parameters
+    modalities: tuple[str, ...] = ("table", "image", "text")
     fit: Callable[[Any, Schema, Noisy, torch.Generator], nn.Module] | None = None
     server_step: Callable[[nn.Module, dict[str, Tensor], torch.Generator], dict[str, Tensor]] = (
         unchanged

@@ -11,11 +11,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..data_prep.schema import Column, ImageSchema, Schema
+from ..data_prep.schema import Column, Schema, TableSchema, TextSchema
+from ..data_prep.texts import PADDING, tokens_of
 from .family import Batch
 
 NUMBER_BINS = 10
 """Equal parts of a number's encoded range."""
+
+_NAMED = {ord("\n"): "line end", ord("\t"): "tab", ord(" "): "blank"}
+_BYTES = tuple(
+    _NAMED.get(code, chr(code) if 32 < code < 127 else f"byte {code:02x}")
+    for code in range(PADDING)
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ def levels(schema: Schema) -> list[int]:
 def described(schema: Schema) -> list[Cells]:
     """The cells of each column, in the order of `cells`."""
     found = []
-    if not isinstance(schema, ImageSchema):
+    if isinstance(schema, TextSchema):
+        found = [Cells("bytes", number=False, names=_BYTES)]
+    if isinstance(schema, TableSchema):
         found = [_cells_of(block.column) for block in schema.blocks]
     if schema.label is not None:
         found.append(Cells(schema.label, number=False, names=schema.classes))
@@ -68,9 +77,9 @@ def _edges(column: Column) -> np.ndarray:
 
 
 def cells(records: Batch, schema: Schema) -> list[np.ndarray]:
-    """Which cell each record is in, [N] for each column."""
+    """Which cell each record is in, [N] for each column; a text is in many, see `one_way`."""
     found = []
-    if not isinstance(schema, ImageSchema):
+    if isinstance(schema, TableSchema):
         x = records.x.numpy()
         for block in schema.blocks:
             if block.column.kind == "categorical":
@@ -85,9 +94,30 @@ def cells(records: Batch, schema: Schema) -> list[np.ndarray]:
 
 
 def one_way(records: Batch, schema: Schema, weights: np.ndarray | None = None) -> np.ndarray:
-    """The histograms of all columns, joined; each record counts by its weight [N], or once."""
+    """The histograms of all columns, joined; each record counts by its weight [N], or once.
+
+    A text is spread over the cells of its bytes, by their shares: in L1, and so in L2, it adds no
+    more than 1.
+    """
+    if isinstance(schema, TextSchema):
+        return _byte_shares(records, weights)
     pairs = zip(cells(records, schema), levels(schema), strict=True)
     return joined([np.bincount(c, weights, minlength=n) for c, n in pairs])
+
+
+def _byte_shares(records: Batch, weights: np.ndarray | None) -> np.ndarray:
+    tokens = tokens_of(records.x.numpy())
+    real = tokens < PADDING
+    each = np.ones(len(tokens)) if weights is None else weights
+    each = each / np.maximum(real.sum(axis=1), 1)
+    spread = np.broadcast_to(each[:, None], tokens.shape)[real]
+    return np.bincount(tokens[real], spread, minlength=PADDING).astype(np.float64)
+
+
+def characters(records: Batch, schema: Schema, weights: np.ndarray | None = None) -> np.ndarray:
+    """How many bytes texts have, over the most that so many could have: [1], at most 1 a record."""
+    shares = (tokens_of(records.x.numpy()) < PADDING).sum(axis=1) / schema.shape[0]
+    return np.array([float((shares if weights is None else shares * weights).sum())])
 
 
 def joined(counts: Sequence[np.ndarray]) -> np.ndarray:

@@ -27,11 +27,19 @@ class Lookup(nn.Module):
         return rows
 
 
+class Table(nn.Module):
+    """Plain numbers in one parameter, `values`, of a model that is fitted; they start at 0."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(shape))
+
+
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Sets all parameters from public randomness: Kaiming-uniform weights, zero biases.
 
     `torch.manual_seed` is global and not thread-safe, so every draw names its generator. `Lookup`
-    starts at zero.
+    and `Table` start at zero, and a parameter that no step trains stays as it was made.
 
     Raises:
         TypeError: A layer of another kind has parameters: say here how they start.
@@ -43,8 +51,11 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        if isinstance(layer, Table):
+            known.add(id(layer.values))
+            nn.init.zeros_(layer.values)
     for name, parameter in module.named_parameters():
-        if id(parameter) not in known:
+        if parameter.requires_grad and id(parameter) not in known:
             raise TypeError(f"{name}: no layer whose initial weights are declared")
     for layer in module.modules():
         if isinstance(layer, Lookup):

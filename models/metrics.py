@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FedveilError
-from ..data_prep.schema import ImageSchema, Schema
+from ..data_prep.schema import ImageSchema, Schema, TextSchema
 from . import histograms
 from .family import Batch, Family
 from .state import Arrays
@@ -75,6 +75,8 @@ def blocks(schema: Schema) -> dict[str, tuple[int, ...]]:
     """Name and shape of each block of answers; each has L2 norm at most 1 a record."""
     shapes: dict[str, tuple[int, ...]] = {"count": (1,), "loss": (1,)}
     shapes |= {name: (sum(cells),) for name, cells in _tables(schema).items()}
+    if isinstance(schema, TextSchema):
+        shapes["characters"] = (1,)
     cells = (2, _SCORE_BINS) if len(schema.classes) == 2 else (2,)
     return shapes | {f"tstr_{name}": cells for name in _probe_names(schema)}
 
@@ -144,6 +146,8 @@ def answers(
     counted = None if weights is None else weights.double().numpy()
     one_way, two_way = _histograms(records, schema, counted)
     sums |= {"one_way": one_way, "two_way": two_way}
+    if isinstance(schema, TextSchema):
+        sums["characters"] = histograms.characters(records, schema, counted)
     for probe in exam.probes:
         sums[f"tstr_{probe.name}"] = _tested(probe, records, schema, counted)
     return {name: sums[name] for name in blocks(schema)}
@@ -186,10 +190,13 @@ def figures(
     Returns:
         `loss`: the mean clipped negative score; `one_way_tv` and `two_way_tv`: mean total variation
         between real and synthetic histograms; `tstr_accuracy_*` and, for two classes,
-        `tstr_auroc_*` of classifiers trained on synthetic records and tested on real ones.
+        `tstr_auroc_*` of classifiers trained on synthetic records and tested on real ones. Of
+        texts, `bits_per_character`: the loss in bits over the number of bytes.
     """
     found = _unbounded(sums, exam, schema, bounds)
     kept = {name: min(max(value, 0.0), 1.0) for name, value in found.items()}
+    if "bits_per_character" in found:
+        kept["bits_per_character"] = max(found["bits_per_character"], 0.0)
     return kept | {"loss": mean_loss(sums, bounds)}
 
 
@@ -198,6 +205,8 @@ def _unbounded(
 ) -> dict[str, float]:
     """The figures as the sums say them; noise may carry them out of their ranges."""
     found = {"loss": _raw_loss(sums, bounds)}
+    if isinstance(schema, TextSchema):
+        found["bits_per_character"] = found["loss"] / math.log(2) / _characters(sums, schema)
     for name, cells in _tables(schema).items():
         found[f"{name}_tv"] = _variation(sums[name], getattr(exam, name), cells)
     for probe in exam.probes:
@@ -225,6 +234,11 @@ def _raw_loss(sums: Mapping[str, np.ndarray], bounds: tuple[float, float]) -> fl
 
 def _count(sums: Mapping[str, np.ndarray]) -> float:
     return max(float(sums["count"][0]), 1.0)
+
+
+def _characters(sums: Mapping[str, np.ndarray], schema: Schema) -> float:
+    """How many bytes a text has, in the mean; one at least."""
+    return max(float(sums["characters"][0]) / _count(sums) * schema.shape[0], 1.0)
 
 
 def noise_of_figures(
@@ -257,7 +271,8 @@ def floors(
 
     A total variation is never below what noise and the few records make of it: near its floor it
     says nothing. Drawn from public randomness, as `noise_of_figures` is; where persons are counted,
-    as if each had one record, which makes it too high rather than too low.
+    as if each had one record, which makes it too high rather than too low. Texts are taken as if
+    their bytes had nothing to do with one another.
 
     Args:
         sums: The noised sums.
@@ -266,14 +281,16 @@ def floors(
         schema: See `figures`.
     """
     rng, found = np.random.default_rng(0), {}
-    count = max(int(sums["count"][0]), 1)
+    count = draws = max(int(sums["count"][0]), 1)
+    if isinstance(schema, TextSchema):
+        draws = int(count * _characters(sums, schema))
     for name, cells in _tables(schema).items():
         synthetic = getattr(exam, name)
         parts = np.split(synthetic, np.cumsum(cells)[:-1])
         drawn = []
         for _ in range(_FLOOR_DRAWS):
-            drawn_parts = [rng.multinomial(count, histograms.shares(part)) for part in parts]
-            alike = histograms.joined(drawn_parts)
+            drawn_parts = [rng.multinomial(draws, histograms.shares(part)) for part in parts]
+            alike = histograms.joined(drawn_parts) * (count / draws)
             noised = alike + rng.normal(0, scales[name], alike.shape)
             drawn.append(_variation(noised, synthetic, cells))
         found[f"{name}_tv"] = float(np.mean(drawn))

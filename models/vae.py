@@ -16,6 +16,7 @@ from ..config import VaeOptions
 from ..data_prep.schema import ImageSchema, Schema, TableSchema
 from .family import Batch, Family
 from .layers import Lookup
+from .scaling import Scaling
 
 # Noisy steps can push a log variance anywhere; its exponential must stay a number.
 _MAX_LOG_VARIANCE = 8.0
@@ -39,10 +40,13 @@ class Vae(nn.Module):
             Lookup(self.classes, math.prod(schema.shape), _TEMPLATE_GAIN) if self.classes else None
         )
         self.spread: Lookup | None = None
+        self.scaling: Scaling | None = None
+        if isinstance(schema, TableSchema) and schema.numeric:
+            self.scaling = Scaling(schema)
         self.encoder, self.decoder, features = (
             _conv_halves(options, schema, self.classes)
             if isinstance(schema, ImageSchema)
-            else _dense_halves(options, schema, self.classes)
+            else _dense_halves(options, _table(self), self.classes)
         )
         self.posterior = nn.Linear(features, 2 * options.latent)
         if isinstance(schema, TableSchema) and self.reconstruction == "mse" and schema.numeric:
@@ -122,7 +126,7 @@ def build(options: VaeOptions, schema: Schema) -> Vae:
 def example_losses(module: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
     """[B] negative evidence lower bounds, one draw of z each, the KL term weighted by beta."""
     vae = _vae(module)
-    y = _one_hot(vae, batch.y)
+    batch, y = _scaled(vae, batch), _one_hot(vae, batch.y)
     mean, log_variance = vae.encode(batch.x, y)
     noise = torch.randn(mean.shape, generator=generator)
     z = mean + noise * (log_variance / 2).exp()
@@ -133,7 +137,7 @@ def example_losses(module: nn.Module, batch: Batch, generator: torch.Generator) 
 def scores(module: nn.Module, batch: Batch) -> Tensor:
     """[B] evidence lower bounds at the posterior's mean."""
     vae = _vae(module)
-    y = _one_hot(vae, batch.y)
+    batch, y = _scaled(vae, batch), _one_hot(vae, batch.y)
     mean, log_variance = vae.encode(batch.x, y)
     return -_negative_elbo(vae, batch, y, mean, mean, log_variance)
 
@@ -155,7 +159,18 @@ def sample(
     logits = vae.decode(z, _one_hot(vae, labels))
     if isinstance(vae.schema, ImageSchema):
         return Batch(logits.sigmoid(), labels)
-    return Batch(_sample_table(vae, logits, generator), labels)
+    x = _sample_table(vae, logits, generator)
+    return Batch(x if vae.scaling is None else vae.scaling.inverse(x), labels)
+
+
+def trainable(module: nn.Module) -> list[str]:
+    """All parameters but the scaling, which is learnt from statistics or not at all."""
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if not name.startswith("scaling.")]
+
+
+def _scaled(vae: Vae, batch: Batch) -> Batch:
+    return batch if vae.scaling is None else Batch(vae.scaling(batch.x), batch.y)
 
 
 def _negative_elbo(
@@ -254,7 +269,7 @@ def score_bounds(module: nn.Module) -> tuple[float, float]:
     vae = _vae(module)
     if isinstance(vae.schema, ImageSchema):
         return -float(math.prod(vae.schema.shape)), 0.0
-    columns = vae.schema.features
+    columns = _table(vae).features
     guesses = [math.log(column.levels) for column in columns if column.kind == "categorical"]
     low = -(2.0 * len(columns) + sum(guesses) + math.log(max(vae.classes, 1)))
     numbers = len(columns) - len(guesses)
@@ -267,4 +282,6 @@ FAMILY = Family(
     sample=sample,
     scores=scores,
     score_bounds=score_bounds,
+    trainable=trainable,
+    modalities=("table", "image"),
 )

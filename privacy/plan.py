@@ -36,7 +36,7 @@ from .secagg.terms import Numbers
 from .shared_noise import slack
 
 Side = Literal["training", "holdout"]
-PartName = Literal["rounds", "evaluations", "training_figures"]
+PartName = Literal["statistics", "rounds", "evaluations", "training_figures"]
 
 _Beside = tuple[Releases, ...]
 _SCHEDULE_POINTS = 32
@@ -88,6 +88,10 @@ class Plan:
         releases_per_round: Noised sums of one record's data in a round.
         schedule: Cumulative epsilon of the training account after each round, [rounds]; empty
             without a mechanism.
+        statistics: Rounds of statistics before the first of these: one, or none.
+        statistics_noise: Standard deviation of their noise over their sensitivity.
+        statistics_units: What one privacy unit may add to them, in records or persons.
+        statistics_epsilon: What they cost by themselves; `None` without a mechanism.
         evaluations: How often the held-out records are summed over.
         evaluation_noise: Standard deviation of the noise of those sums over their sensitivity.
         evaluation_units: What one privacy unit may add to them, in records.
@@ -116,6 +120,10 @@ class Plan:
     rounds: int
     releases_per_round: int
     schedule: tuple[float, ...]
+    statistics: int
+    statistics_noise: float
+    statistics_units: float
+    statistics_epsilon: float | None
     evaluations: int
     evaluation_noise: float
     evaluation_units: float
@@ -164,7 +172,12 @@ class Plan:
         # A site's update is made of all its records, whatever its own steps sample.
         rate = 1.0 if self.unit == "site" else self.sampling_rate
         step = Releases(self.noise_multiplier, rate, self.releases_per_round)
-        parts = [Part("rounds", "training", step, self.rounds)]
+        parts = []
+        if self.statistics:
+            once = Releases(self.statistics_noise, 1.0, 1)
+            parts.append(Part("statistics", "training", once, self.statistics))
+        if self.rounds:
+            parts.append(Part("rounds", "training", step, self.rounds))
         # The sums over records that are not sampled: all of a site's, every time.
         if self.evaluations:
             each = Releases(self.evaluation_noise, 1.0, 1)
@@ -175,7 +188,7 @@ class Plan:
             parts.append(Part("training_figures", "training", each, self.evaluations))
         return tuple(parts)
 
-    def epsilon_after(self, rounds: int, evaluations: int = 0) -> float | None:
+    def epsilon_after(self, rounds: int, evaluations: int = 0, statistics: int = 0) -> float | None:
         """Cumulative epsilon after so many releases; `None` without a mechanism.
 
         Raises:
@@ -187,13 +200,19 @@ class Plan:
             raise ValueError(
                 f"evaluations = {evaluations}: must be 0 to the {self.evaluations} that are priced"
             )
+        if not 0 <= statistics <= self.statistics:
+            raise ValueError(
+                f"statistics = {statistics}: must be 0 to the {self.statistics} that are priced"
+            )
         if self.epsilon is None:
             return None
-        if evaluations and (self.figures_noise or self.unit == "site"):
-            # The schedule has all training figures in each of its prices; before the first round
-            # there is none to look up.
-            rounds = max(rounds, 1)
-        training = self.schedule[rounds - 1] if rounds else 0.0
+        training = self.statistics_epsilon or 0.0 if statistics else 0.0
+        if rounds:
+            training = self.schedule[rounds - 1]
+        elif evaluations and (self.figures_noise or self.unit == "site"):
+            # The schedule has the statistics and all training figures in each of its prices;
+            # before the first round there is none to look up.
+            training = self.schedule[0] if self.schedule else self.training_epsilon or 0.0
         if not evaluations or self.unit == "site":
             return training
         return max(training, self.evaluation_schedule[evaluations - 1])
@@ -232,7 +251,7 @@ def _plan(config: RunConfig) -> Plan:
     price = _NO_PRICE if none else _price(config, over)
     unpaid = none or not config.evaluations
     held_out = _NO_HOLDOUT if unpaid else _price_holdout(config, over)
-    training = price.schedule[-1] if price.schedule else None
+    training = price.epsilon
     holdout = held_out.schedule[-1] if held_out.schedule and not of_sites else None
     targets = [config.privacy.epsilon] + [config.epsilon_holdout] * bool(config.evaluations)
     site_records = config.records / config.federation.sites
@@ -252,9 +271,13 @@ def _plan(config: RunConfig) -> Plan:
         noise_multiplier=price.noise_multiplier,
         sampling_rate=config.sampling_rate,
         expected_batch=config.sampling_rate * config.pool,
-        rounds=config.federation.rounds,
+        rounds=config.rounds,
         releases_per_round=_releases_per_round(config),
         schedule=price.schedule,
+        statistics=int(config.statistics_share > 0),
+        statistics_noise=price.statistics_noise,
+        statistics_units=max(1.0, config.trained / config.federation.sites) if of_sites else 1.0,
+        statistics_epsilon=price.statistics_epsilon,
         evaluations=config.evaluations,
         evaluation_noise=held_out.noise_multiplier,
         evaluation_units=max(1.0, site_records * config.data.holdout) if of_sites else 1.0,
@@ -292,9 +315,9 @@ def _numbers(config: RunConfig) -> Numbers | None:
 
 
 def _slack(config: RunConfig) -> tuple[float, float]:
-    """Of all blocks that a run may release: updates, who was within the bound, two of figures."""
+    """Of all blocks that a run may release: statistics, updates, who was in bounds, figures."""
     adaptive = config.privacy.clipping == "adaptive"
-    most = (1 + adaptive) * config.federation.rounds + 2 * config.evaluations
+    most = 1 + (1 + adaptive) * config.rounds + 2 * config.evaluations
     dearest = max(config.privacy.epsilon, config.epsilon_holdout)
     try:
         over = slack(most, config.federation.sites, dearest)
@@ -318,6 +341,9 @@ def _releases_per_round(config: RunConfig) -> int:
 class _Price:
     noise_multiplier: float
     figures_noise: float
+    statistics_noise: float
+    statistics_epsilon: float | None
+    epsilon: float | None
     schedule: tuple[float, ...]
     accountant: str
     second_opinions: tuple[tuple[str, float], ...]
@@ -329,34 +355,56 @@ class _HoldoutPrice:
     schedule: tuple[float, ...]
 
 
-_NO_PRICE = _Price(0.0, 0.0, (), "none", ())
+_NO_PRICE = _Price(0.0, 0.0, 0.0, None, None, (), "none", ())
 _NO_HOLDOUT = _HoldoutPrice(0.0, ())
 
 
 def _price(config: RunConfig, slack: tuple[float, float]) -> _Price:
-    rounds, per_round = config.federation.rounds, _releases_per_round(config)
+    rounds, per_round = config.rounds, _releases_per_round(config)
     delta, epsilon = config.delta - slack[1], config.privacy.epsilon - slack[0]
     # A site's update is made of all its records; nothing is sampled that it could hide behind.
     rate = 1.0 if config.unit == "site" else config.sampling_rate
-    beside = _beside(config, delta)
-    releases = _calibrated("privacy.epsilon", rate, rounds * per_round, epsilon, delta, beside)
+    figures = _figures(config, delta)
+    statistics = _statistics(config, epsilon, delta, figures)
+    if rounds:
+        beside = figures + statistics
+        releases = _calibrated("privacy.epsilon", rate, rounds * per_round, epsilon, delta, beside)
+    else:
+        (releases,), beside = statistics, figures
     coarse, fine = grids(epsilon)
     claimed = min(pld_epsilon(releases, delta, grid, beside) for grid in (coarse, fine))
     opinions = cross_check(releases, delta, claimed, beside)
     # Each of these prices takes 10 ms or more; between them a later one stands in, no lower.
-    points = _points(rounds)
+    points = _points(rounds) if rounds else []
     steps = [point * per_round for point in points[:-1]]
-    prices = pld_schedule(releases, delta, steps, coarse, beside)
+    prices = pld_schedule(releases, delta, steps, coarse, beside) if steps else []
     return _Price(
-        noise_multiplier=releases.noise_multiplier,
-        figures_noise=beside[0].noise_multiplier if config.evaluation.training_share else 0.0,
-        schedule=_fill(points, [price + slack[0] for price in (*prices, claimed)]),
+        noise_multiplier=releases.noise_multiplier if rounds else 0.0,
+        figures_noise=figures[0].noise_multiplier if config.evaluation.training_share else 0.0,
+        statistics_noise=statistics[0].noise_multiplier if statistics else 0.0,
+        statistics_epsilon=pld_epsilon(statistics[0], delta, fine) + slack[0]
+        if statistics
+        else 0.0,
+        epsilon=claimed + slack[0],
+        schedule=_fill(points, [price + slack[0] for price in (*prices, claimed)])
+        if rounds
+        else (),
         accountant="PLD",
         second_opinions=tuple(opinions.items()),
     )
 
 
-def _beside(config: RunConfig, delta: float) -> _Beside:
+def _statistics(config: RunConfig, epsilon: float, delta: float, figures: _Beside) -> _Beside:
+    """The one release of statistics: of its share of the budget, or of all that figures leave."""
+    share = config.statistics_share
+    if not share:
+        return ()
+    if share == 1:
+        return (_calibrated("privacy.epsilon", 1.0, 1, epsilon, delta, figures),)
+    return (_calibrated("privacy.epsilon", 1.0, 1, share * epsilon, delta),)
+
+
+def _figures(config: RunConfig, delta: float) -> _Beside:
     """The figures that the training account pays for beside the rounds."""
     option, share = "privacy.epsilon", config.evaluation.training_share * config.privacy.epsilon
     if config.unit == "site" and config.evaluations:

@@ -77,12 +77,19 @@ class Grid:
         return sigma(self.stretch)
 
 
-def choose_grid(noise_multiplier: float, sensitivity: float, length: int, honest: int) -> Grid:
+def choose_grid(
+    noise_multiplier: float,
+    sensitivity: float,
+    length: int,
+    honest: int,
+    most: float = math.inf,
+) -> Grid:
     """The grid on which the honest sites' noise is as much as is accounted for.
 
     The noises to choose from are few, so the noise fixes the scale. It is the least with which
     rounding is at most 1/512 of the sensitivity (that much more noise is in the sum than on a
-    continuum), or else the largest.
+    continuum), or else the largest. Values that are many sensitivities large need a coarser one,
+    `most`, to find room in a word, at the price of more noise in the sum.
 
     Formal guarantee: `accounted_multiplier` of the grid is at least the noise multiplier.
 
@@ -91,6 +98,7 @@ def choose_grid(noise_multiplier: float, sensitivity: float, length: int, honest
         sensitivity: C, the L2 bound of one unit's contribution before rounding.
         length: d, coordinates of the block.
         honest: n_min - t_collude, sites whose noise is surely in the sum and unknown.
+        most: Steps for one unit that the block's values leave room for.
 
     Raises:
         ConfigError: No scale gives so much noise, or only one that is too fine.
@@ -103,7 +111,12 @@ def choose_grid(noise_multiplier: float, sensitivity: float, length: int, honest
     sizes = [_root(stretch, honest) / noise_multiplier for stretch in range(MAX_STRETCH + 1)]
     little = [stretch for stretch, size in enumerate(sizes) if size >= _LITTLE * rounding]
     stretch = little[0] if little else MAX_STRETCH
-    room = sizes[stretch] * (1 - 2 * _FLOATS) / _SCALING - rounding
+    rooms = [size * (1 - 2 * _FLOATS) / _SCALING - rounding for size in sizes[: stretch + 1]]
+    fitting = [at for at, room in enumerate(rooms) if 0 < room <= most * sensitivity]
+    if any(room > 0 for room in rooms):
+        # The least scale that there is, where even that leaves no room: large values saturate.
+        stretch = fitting[-1] if fitting else next(at for at, room in enumerate(rooms) if room > 0)
+    room = rooms[stretch]
     if not room > 0:
         raise ConfigError(
             f"noise multiplier = {noise_multiplier:g}: on integers a block of {length} coordinates "

@@ -51,6 +51,8 @@ class Sizes:
             them at most.
         figures: The same of the sums over training records.
         records: Declared size of the whole federation.
+        statistics: As of `answers`, of the statistics; none by default.
+        peak: What one record adds at most to a coordinate of these.
     """
 
     update: int
@@ -58,15 +60,25 @@ class Sizes:
     answers: tuple[int, float]
     figures: tuple[int, float]
     records: int
+    statistics: tuple[int, float] = (0, 0.0)
+    peak: float = 0.0
 
 
+_MOST_SHARE = 4.0
+"""Times the mean that one site may have of all records; who has more saturates its statistics."""
 # What no coordinate goes beyond where nothing clips it: a sum of gradients, a change of weights.
 _GRADIENT_BOUND, _CHANGE_BOUND = 1024.0, 8.0
 _NOISE_BOUND = 20.0  # standard deviations of noise that is in a block already
 
 
 def releases(
-    sizes: Sizes, plan: Plan, *, at_sites: bool, training: bool, evaluating: bool
+    sizes: Sizes,
+    plan: Plan,
+    *,
+    at_sites: bool,
+    training: bool,
+    evaluating: bool,
+    describing: bool = False,
 ) -> tuple[Release, ...]:
     """The parts of a round's vector.
 
@@ -76,8 +88,15 @@ def releases(
         at_sites: Whether sites send changes of the model, and not gradient sums.
         training: Whether there is an update.
         evaluating: Whether there is an evaluation.
+        describing: Whether it is the round of statistics.
     """
     found = []
+    if describing:
+        (length, norm), noise = sizes.statistics, plan.statistics_noise
+        sites = plan.numbers.n if plan.numbers else 1
+        share = min(1.0, _MOST_SHARE / sites) * sizes.records
+        bound = max(64.0, share) * sizes.peak + _NOISE_BOUND * noise * norm
+        found.append(Release("statistics", length, norm, noise, 1.0, bound))
     if training:
         bound = _CHANGE_BOUND if at_sites else _GRADIENT_BOUND
         norm = sizes.clipping_norm
@@ -136,8 +155,14 @@ def placed(releases: Sequence[Release], plan: Plan) -> tuple[Placed, ...]:
 def _placed(release: Release, plan: Plan, numbers: Numbers) -> Placed:
     noised = plan.shares_noise
     if noised:
+        # An update's coordinates are within few sensitivities; counts of records are not.
+        room = release.bound if release.name == "statistics" else 0.0
         grid = choose_grid(
-            release.noise_multiplier, release.sensitivity, release.length, plan.honest
+            release.noise_multiplier,
+            release.sensitivity,
+            release.length,
+            plan.honest,
+            public_scale(room, numbers.n) if room else math.inf,
         )
     else:
         grid = Grid(public_scale(release.bound, numbers.n), 0)

@@ -60,8 +60,8 @@ def submitted(config: dict[str, Any], schema: dict[str, Any], roster: Roster) ->
     """
     from ..privacy.plan import plan
 
-    found = validated(RunConfig, config).resolved()
-    schema_from_json(json.dumps(schema))
+    known = schema_from_json(json.dumps(schema))
+    found = validated(RunConfig, config).resolved(known.modality)
     sites = len(roster.sites)
     if found.federation.sites != sites:
         raise ConfigError(

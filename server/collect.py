@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import FedveilError, RunConfig
+from ..data_prep.queries import run_workload
 from ..data_prep.schema import Schema, schema_to_json
 from ..flower import Grid, Message, RecordDict
 from ..models import metrics
@@ -20,6 +21,7 @@ from ..privacy.secagg.sealed import SealedReply, open_reply
 from ..wire import (
     EVALUATE,
     NO_LEDGER,
+    STATISTICS,
     TRAIN,
     Task,
     Update,
@@ -177,13 +179,18 @@ def _secure_sums(
         names,
         identities,
         priced.numbers,
-        config.secagg.epoch_rounds,
+        min(config.secagg.epoch_rounds, _sums(priced)),
         config.secagg.deadline,
     )
     path = folder.path / NAME
     kept = Transcript(path)  # first of all: a crash may have torn its last message
     epoch, ledgers = taken_up(path, identities)
     return SecureSums(grid, made, kept.keep, epoch, ledgers)
+
+
+def _sums(priced: Plan) -> int:
+    """Secure sums of a whole run: the last evaluation has one of its own."""
+    return max(1, priced.statistics + priced.rounds + min(1, priced.evaluations))
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,9 @@ def _expected(channel: Channel, task: Task) -> _Expected:
             sums["clipping/within"] = np.zeros(1)
     if task.evaluation:
         sums |= expected_sums(channel.schema, channel.priced)
+    if task.statistics:
+        described = run_workload(channel.config, channel.schema, channel.priced.statistics_noise)
+        sums["statistics/answers"] = np.zeros(described.length)
     return _Expected(arrays, sums)
 
 
@@ -213,7 +223,7 @@ def _each(channel: Channel, task: Task, ledgers: Ledgers) -> Collected:
     """Each site's reply by itself."""
     sites, config, expected = channel.sites, channel.config, _expected(channel, task)
     tasks = {n: replace(task, ledger=ledgers.get(n, NO_LEDGER)) for n in sites}
-    action = TRAIN if task.round else EVALUATE
+    action = _action(task)
     packed = pack(task)  # once: the model is the same for all
     messages = [
         Message(pack_for(packed, t.ledger), sites[n], action, group_id=str(task.round))
@@ -253,8 +263,17 @@ def _each(channel: Channel, task: Task, ledgers: Ledgers) -> Collected:
     )
 
 
+def _action(task: Task) -> str:
+    """How it is asked for."""
+    if task.statistics:
+        return STATISTICS
+    return TRAIN if task.round else EVALUATE
+
+
 def _about(task: Task) -> str:
     """What was asked for, in an error."""
+    if task.statistics:
+        return "statistics"
     return f"round {task.round}" if task.round else f"evaluation {task.evaluation}"
 
 
@@ -267,7 +286,7 @@ def _summed(channel: Channel, secure: SecureSums, task: Task, ledgers: Ledgers) 
     def task_for(site: int, opening: bytes, deals: bytes) -> RecordDict:
         return pack_for(packed, ledgers.get(site, NO_LEDGER), opening, deals)
 
-    action = TRAIN if task.round else EVALUATE
+    action = _action(task)
     blocks = tuple(one.block for one in placed)
     try:
         found = secure.collect(task_digest(packed), blocks, action, task_for)
@@ -276,7 +295,8 @@ def _summed(channel: Channel, secure: SecureSums, task: Task, ledgers: Ledgers) 
     arrays, sums = _named(vector.reals(found.total, placed), _expected(channel, task))
     if channel.config.trains_at_sites:
         arrays = {name: array / len(found.sites) for name, array in arrays.items()}
-    whole = Update(task.run_id, task.round, task.evaluation, arrays, sums, NO_LEDGER)
+    about = task.run_id, task.round, task.evaluation
+    whole = Update(*about, arrays, sums, NO_LEDGER, statistics=task.statistics)
     return Collected(
         parts=(whole,),
         sites=found.sites,
@@ -317,10 +337,15 @@ def _releases(channel: Channel, task: Task) -> tuple[vector.Release, ...]:
         metrics.loss_size(),
         channel.config.records,
     )
+    if task.statistics:
+        described = run_workload(channel.config, channel.schema, channel.priced.statistics_noise)
+        whole = described.size(channel.priced.statistics_units)
+        sizes = replace(sizes, statistics=whole, peak=described.peak)
     return vector.releases(
         sizes,
         channel.priced,
         at_sites=channel.config.trains_at_sites,
         training=bool(task.round),
         evaluating=bool(task.evaluation),
+        describing=bool(task.statistics),
     )

@@ -44,6 +44,7 @@ def epsilon_chart(told: History) -> tuple[Chart, ...]:
 _GROUPS = {
     "loss": ("Loss", None),
     "training_loss": ("Loss", None),
+    "bits_per_character": ("Bits a character", None),
     "tv": ("Total variation: real against synthetic", (0.0, 1.0)),
     "accuracy": ("Accuracy: trained on synthetic, tested on real", (0.0, 1.0)),
     "auroc": ("AUROC: trained on synthetic, tested on real", (0.0, 1.0)),
@@ -86,6 +87,7 @@ _CLASSIFIERS = {"logistic": "logistic regression", "mlp": "one hidden layer"}
 _LABELS = {
     "loss": "held-out records",
     "training_loss": "training records",
+    "bits_per_character": "held-out texts",
     "one_way_tv": "single columns",
     "two_way_tv": "pairs of columns",
 }
@@ -103,8 +105,10 @@ _WORDS = {
     "bounds. Lower is better; only its course within one run can be compared.",
     "training_loss": "The same of training records: far below the held-out one, the model would "
     "have learnt records by heart.",
-    "one_way_tv": "How far the synthetic histogram of a column is from the real one, the mean over "
-    "columns: 0 is alike, 1 is nothing in common.",
+    "bits_per_character": "The loss in bits, over the number of bytes of a text: how well the "
+    "model guesses the next byte. 8 is no guess at all; English takes some 4.8 by its letters.",
+    "one_way_tv": "How far the synthetic histogram of a column, or of a text's bytes, is from the "
+    "real one, the mean over columns: 0 is alike, 1 is nothing in common.",
     "two_way_tv": "The same of pairs of columns: whether what goes together does so in the "
     "synthetic records too.",
     "accuracy": "How often a classifier that has only seen synthetic records is right about real "

@@ -32,6 +32,25 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Described:
+    """The round of statistics.
+
+    Attributes:
+        sites: How many usable replies came.
+        cells: Coordinates that were released.
+        dropped: The sites without a reply, each with the server's reason.
+        seconds: The server's time by part, of making the model too.
+        excess: As of a round.
+    """
+
+    sites: int
+    cells: int
+    dropped: tuple[tuple[int, str], ...]
+    seconds: Mapping[str, float]
+    excess: float | None = None
+
+
+@dataclass(frozen=True)
 class Absence:
     """A site that one reason kept out of some rounds."""
 
@@ -63,6 +82,8 @@ class History:
         resumes: In order.
         ending: Of the last process that was at it.
         cause: Why it failed; empty if it did not.
+        described: The round of statistics, if one was made.
+        lost_statistics: Whether it was cut off, and counts as spent.
     """
 
     run_id: str
@@ -74,6 +95,8 @@ class History:
     resumes: tuple[Resume, ...] = ()
     ending: Literal["finished", "failed", "unfinished"] = "unfinished"
     cause: str = ""
+    described: Described | None = None
+    lost_statistics: bool = False
 
     @property
     def planned(self) -> int:
@@ -104,7 +127,7 @@ class History:
     def seconds(self) -> dict[str, float]:
         """The time of all rounds by part."""
         parts: dict[str, float] = {}
-        for one in self.rounds:
+        for one in (*([self.described] if self.described else []), *self.rounds):
             for part, seconds in one.seconds.items():
                 parts[part] = parts.get(part, 0.0) + seconds
         return parts
@@ -119,7 +142,7 @@ def history(events: Sequence[Event]) -> History:
     begun = [event for event in events if event["event"] in {"run", "resumed"}][-1]
     rounds = {event["round"]: _round(event) for event in events if event["event"] == "round"}
     evaluated = {e["round"]: e["quality"] for e in events if e["event"] == "evaluated"}
-    costs = [e["epsilon"] for e in events if e["event"] in {"round", "evaluated"}]
+    costs = [e["epsilon"] for e in events if e["event"] in {"statistics", "round", "evaluated"}]
     resumes = tuple(
         Resume(event["round"], tuple(event["lost"]), tuple(event["damaged"]))
         for event in events
@@ -136,7 +159,30 @@ def history(events: Sequence[Event]) -> History:
         resumes=resumes,
         ending=last["event"] if last["event"] in {"failed", "finished"} else "unfinished",
         cause=str(last.get("cause", "")),
+        described=_described(events),
+        lost_statistics=any(event.get("lost_statistics") for event in events),
     )
+
+
+def _described(events: Sequence[Event]) -> Described | None:
+    asked = [event for event in events if event["event"] == "statistics"]
+    if not asked:
+        return None
+    made = [event["seconds"] for event in events if event["event"] == "prepared"][-1:]
+    seconds = {part: float(value) for part, value in asked[-1]["seconds"].items()}
+    for found in made:
+        seconds["prepared"] = float(found["server"])
+    return Described(
+        sites=int(asked[-1]["sites"]),
+        cells=int(asked[-1]["cells"]),
+        dropped=_dropped(asked[-1]),
+        seconds=seconds,
+        excess=asked[-1].get("excess"),
+    )
+
+
+def _dropped(event: Event) -> tuple[tuple[int, str], ...]:
+    return tuple((int(one["site"]), str(one["reason"])) for one in event["dropped"])
 
 
 def _round(event: Event) -> Round:
@@ -144,7 +190,7 @@ def _round(event: Event) -> Round:
         number=int(event["round"]),
         epsilon=event["epsilon"],
         sites=int(event["sites"]),
-        dropped=tuple((int(one["site"]), str(one["reason"])) for one in event["dropped"]),
+        dropped=_dropped(event),
         seconds=event["seconds"],
         excess=event.get("excess"),
     )

@@ -111,6 +111,6 @@ def usable_replies(
 
 
 def _check_about(reply: Update | Refused, task: Task) -> None:
-    asked = task.run_id, task.round, task.evaluation
-    if (reply.run_id, reply.round, reply.evaluation) != asked:
+    asked = task.run_id, task.round, task.evaluation, task.statistics
+    if (reply.run_id, reply.round, reply.evaluation, reply.statistics) != asked:
         raise WireError("is for another run, round or evaluation")

@@ -45,6 +45,7 @@ class Sources:
         point: The last whole state.
         synthetic: One-way histograms of the released model's records, joined.
         samples: A picture of synthetic images, PNG.
+        texts: Some synthetic texts.
         statistics: What `description.describe` said, with the `epsilon` and the `unit` of it.
     """
 
@@ -57,6 +58,7 @@ class Sources:
     point: Checkpoint | None = None
     synthetic: "np.ndarray | None" = None
     samples: bytes | None = None
+    texts: tuple[str, ...] = ()
     statistics: Mapping[str, Any] | None = None
 
 
@@ -92,6 +94,7 @@ class Facts:
         marginals: Of every column.
         counted: How many held-out records the real shares are of, by their noised counts.
         picture: A data URI of synthetic images, or nothing.
+        texts: See `Sources`.
         excess: Least and most noise in a round's sum over the accounted one, where it is shared.
         attendance: Usable replies by round.
         absences: Site, reason, how many rounds, which.
@@ -118,6 +121,7 @@ class Facts:
     marginals: tuple[Histogram, ...]
     counted: float
     picture: str
+    texts: tuple[str, ...]
     excess: tuple[float, float] | None
     attendance: Chart | None
     absences: tuple[tuple[int, str, int, str], ...]
@@ -177,6 +181,7 @@ def gathered(sources: Sources) -> Facts:
         marginals=columns,
         counted=counted,
         picture=_data_uri(sources.samples),
+        texts=sources.texts,
         excess=told.excess,
         attendance=attendance(told),
         absences=tuple((a.site, a.reason, len(a.rounds), spans(a.rounds)) for a in told.absences),

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..config import FedveilError, RunConfig
+from ..data_prep.queries import Noisy
 from ..data_prep.schema import Schema
 from ..flower import Grid
 from ..models import family
@@ -29,12 +30,14 @@ from ..models.state import check_arrays, load_arrays, to_arrays, to_bytes
 from ..privacy.mechanism import mechanism_of
 from ..privacy.noise import Coins
 from ..privacy.plan import Plan, plan
+from . import statistics
 from .aggregation import STRATEGIES, ServerState, adapted, scaled, summed
 from .collect import Channel, open_channel
 from .coordinator import Coordinator
 from .evaluation import evaluated, questions
 from .replies import Collected, RunError
 from .store import Asked, Checkpoint, Event, RunFolder
+from .warm_start import begin
 
 Observer = Callable[[Event], None]
 Prepare = Callable[[Channel, Observer], None]
@@ -83,6 +86,7 @@ def train(
         _resume(run, point, damaged)
     coins = Coins.from_system()
     try:
+        point = _described(run, point, coins)
         while folder.asked().round < run.priced.rounds:
             point = _round(run, point, coins)
         point = _last_evaluation(run, point, coins)
@@ -164,6 +168,7 @@ def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
         round=point.state.round,
         lost=list(range(point.state.round + 1, asked.round + 1)),
         lost_evaluations=asked.evaluation - point.evaluated.count,
+        lost_statistics=bool(asked.statistics) and not point.described,
         epsilon=run.priced.epsilon_after(*asked),
         damaged=damaged,
         privacy=run.priced.as_dict(),
@@ -173,10 +178,56 @@ def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
     run.folder.forget_after(point.state.round)
 
 
+def _described(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
+    """The round of statistics, before all others; the model is fitted to it, or begins with it.
+
+    Formal guarantee: what comes of it is post-processing of one release.
+
+    Raises:
+        RunError: A crash has lost it, and there is nothing but it to make a model of.
+    """
+    if point.described or not run.priced.statistics:
+        return point
+    before = run.folder.asked()
+    if before.statistics:
+        if not run.priced.rounds:
+            raise RunError("statistics: were lost in a crash and are spent; begin a new run")
+        return replace(point, described=True)  # the rounds are paid for, and go on without
+    began = time.perf_counter()
+    asked = before._replace(statistics=1)
+    replies = _ask(run, point, asked, None, training=False, describing=True)
+    replied = time.perf_counter()
+    found = statistics.released(replies, run.config, run.schema, run.priced, coins)
+    noisy = statistics.keep(run.folder, found, run.run_id, run.config, run.schema, run.priced)
+    run.tell(
+        "statistics",
+        epsilon=run.priced.epsilon_after(*asked),
+        sites=len(replies.sites),
+        cells=found.asked.length,
+        **_excess(run, replies),
+        dropped=_reasons(replies.dropped),
+        seconds=_seconds(sites=replied - began, server=time.perf_counter() - replied),
+    )
+    point = replace(point, described=True, ledgers={**point.ledgers, **replies.ledgers})
+    point = replace(point, state=_begun(run, point.state, noisy))
+    run.folder.save_checkpoint(replace(point, seconds=_total(run, point)))
+    return point
+
+
+def _begun(run: _Run, state: ServerState, noisy: Noisy) -> ServerState:
+    """The state that rounds begin with, or that nothing is trained beyond."""
+    began = time.perf_counter()
+    made = begin(run.config, run.schema, noisy, state.model)
+    begun = STRATEGIES[run.config.strategy].init(made.model)
+    run.tell("prepared", **made.facts, seconds=_seconds(server=time.perf_counter() - began))
+    return replace(begun, clipping_norm=state.clipping_norm)
+
+
 def _round(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
     """One round: asked for once, its state stored before it is told of."""
     began, before = time.perf_counter(), run.folder.asked()
-    asked = Asked(before.round + 1, before.evaluation + _is_due(run, point, before))
+    due = _is_due(run, point, before)
+    asked = before._replace(round=before.round + 1, evaluation=before.evaluation + due)
     exam = _exam(run, point) if asked.evaluation > before.evaluation else None
     questioned = time.perf_counter()
     replies = _ask(run, point, asked, exam, training=True)
@@ -233,7 +284,7 @@ def _last_evaluation(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
     done = point.evaluated.count and point.evaluated.round == point.state.round
     if done or before.evaluation == run.priced.evaluations:
         return point
-    asked, exam = Asked(before.round, before.evaluation + 1), _exam(run, point)
+    asked, exam = before._replace(evaluation=before.evaluation + 1), _exam(run, point)
     replies = _ask(run, point, asked, exam, training=False)
     after = _saved(run, _evaluated(run, point, point, replies, exam, coins), replies)
     _tell_quality(run, after, asked)
@@ -358,7 +409,13 @@ def advance(
 
 
 def _ask(
-    run: _Run, point: Checkpoint, asked: Asked, exam: Exam | None, *, training: bool
+    run: _Run,
+    point: Checkpoint,
+    asked: Asked,
+    exam: Exam | None,
+    *,
+    training: bool,
+    describing: bool = False,
 ) -> Collected:
     """Asks all sites, having noted so; what they sent, or an error if it is of too few."""
     state = point.state
@@ -366,6 +423,7 @@ def _ask(
         run.channel.question(state.clipping_norm or run.priced.clipping_norm),
         round=asked.round if training else 0,
         evaluation=asked.evaluation if exam else 0,
+        statistics=asked.statistics if describing else 0,
         arrays=state.model if training else {},
         released=state.average if exam else {},
         exam=exam_to_arrays(exam) if exam else {},

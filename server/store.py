@@ -36,7 +36,8 @@ _ASKED = "checkpoint/asked.json"
 _STATE = ("model", "average", "first", "second")
 _SOURCES = (
     ".", "cli", "client", "config", "data_prep", "data_prep/queries", "deployment", "flower",
-    "models", "models/marginal", "privacy", "privacy/audit", "privacy/conformance", "privacy/secagg", "server", "server/simulation",
+    "models", "models/marginal", "privacy", "privacy/audit", "privacy/conformance",
+    "privacy/secagg", "server", "server/simulation",
 )  # fmt: skip
 _SOURCE_ENDINGS = (".py", ".j2", ".css")
 _VERSIONED = (
@@ -45,10 +46,11 @@ _VERSIONED = (
 
 
 class Asked(NamedTuple):
-    """The last round and the last evaluation that the sites were ever asked for."""
+    """The last round, evaluation and statistics that the sites were ever asked for."""
 
     round: int
     evaluation: int
+    statistics: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Checkpoint:
         evaluated: What evaluations found so far.
         ledgers: Count and head hash of each site's ledger, by node, as last seen.
         seconds: The server's time so far, of all its processes.
+        described: Whether the round of statistics is done, and all that is made of it.
     """
 
     run_id: str
@@ -70,6 +73,7 @@ class Checkpoint:
     evaluated: Evaluated = NOT_EVALUATED
     ledgers: Mapping[int, tuple[int, str]] = field(default_factory=dict)
     seconds: float = 0.0
+    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,7 @@ class RunFolder:
             "evaluated": evaluated.facts(),
             "ledgers": {str(node): head for node, head in checkpoint.ledgers.items()},
             "seconds": checkpoint.seconds,
+            "described": checkpoint.described,
         }
         self.write(f"checkpoint/{state.round:06d}.safetensors", to_bytes(arrays, facts))
         # Two, so that one that is damaged leaves the one before.
@@ -312,6 +317,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
             evaluated=evaluated,
             ledgers={int(node): (head[0], head[1]) for node, head in facts["ledgers"].items()},
             seconds=facts["seconds"],
+            described=facts["described"],
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         raise FedveilError(f"{path}: holds no checkpoint of ours") from None

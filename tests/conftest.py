@@ -48,7 +48,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
         "federation": {"sites": 3, "rounds": 2},
         "data": {"source": "sklearn:digits"},
         "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
-        "privacy": {"epsilon": 8.0, "mechanism": "central"},
+        "privacy": {"epsilon": 8.0, "mechanism": "central", "statistics_share": 0.0},
         "policy": {"self_test": False},
     }
     for section, options in sections.items():

@@ -290,20 +290,20 @@ class TestRoundTrip:
         content = pack(Refused("run", 1, 2, Refusal.BUDGET))
         assert list(content) == ["facts"]
         assert dict(content["facts"]) == {
-            "run-id": "run", "round": 1, "evaluation": 2, "refused": "BUDGET",
+            "run-id": "run", "round": 1, "evaluation": 2, "statistics": 0, "refused": "BUDGET",
         }  # fmt: skip
 
     def test_what_travels_is_these_records_and_no_other(self) -> None:
         assert set(pack(TASK)) == {"facts", "arrays", "released", "exam"}
         assert set(pack(UPDATE)) == {"facts", "arrays", "sums", "upload"}
-        numbers = {"run-id", "round", "evaluation", "ledger-count", "ledger-hash"}
+        numbers = {"run-id", "round", "evaluation", "statistics", "ledger-count", "ledger-hash"}
         own = {"clipping_norm", "aggregator", "coordinator", "signature", "opening", "deals"}
         assert set(pack(TASK)["facts"]) == numbers | own | {"config", "schema"}
         assert set(pack(UPDATE)["facts"]) == numbers
 
 
 LEDGER_FACTS: dict[str, object] = {"ledger_count": HEAD[0], "ledger_hash": HEAD[1]}
-NUMBERS: dict[str, object] = {"run_id": "run", "round": 3, "evaluation": 2}
+NUMBERS: dict[str, object] = {"run_id": "run", "round": 3, "evaluation": 2, "statistics": 0}
 TASK_FACTS: dict[str, object] = {
     **NUMBERS, **LEDGER_FACTS, **SHARED, **OWN, "config": "{}", "schema": "{}",
 }  # fmt: skip

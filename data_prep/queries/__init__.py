@@ -8,12 +8,12 @@ from types import ModuleType
 
 import numpy as np
 
-from ...config import Statistics
+from ...config import RunConfig, Statistics
 from ..modality import Encoded
 from ..schema import Schema
 from .workload import Noisy, Query, Workload, noisy
 
-__all__ = ["Noisy", "Query", "Workload", "answers", "noisy", "workload"]
+__all__ = ["Noisy", "Query", "Workload", "answers", "noisy", "run_workload", "workload"]
 
 _MODULES = {"image": ".images", "table": ".tables", "text": ".texts"}
 
@@ -34,6 +34,15 @@ def workload(
     """
     found: Workload = _module(schema).workload(schema, options, units, noise_multiplier)
     return found
+
+
+def run_workload(config: RunConfig, schema: Schema, noise_multiplier: float) -> Workload:
+    """What a run asks, at every site and at the server alike.
+
+    Raises:
+        ConfigError: It would have too many cells.
+    """
+    return workload(schema, config.statistics, config.trained, noise_multiplier)
 
 
 def answers(

@@ -66,6 +66,15 @@ class Workload:
         """L2 bound of what one privacy unit adds to the vector, as it is accounted for."""
         return self.norm * SLACK
 
+    def size(self, units: float) -> tuple[int, float]:
+        """Coordinates of the vector, and its norm where one unit adds `units` records."""
+        return self.length, self.sensitivity * units
+
+    @property
+    def peak(self) -> float:
+        """What one record adds at most to any coordinate of the vector."""
+        return max(query.weight * query.norm for query in self.queries)
+
     def spans(self) -> Iterator[tuple[Query, slice]]:
         """Where each query stands in the vector."""
         start = 0

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...client.self_test import Tested, self_test
+from ...client.statistics_test import statistics_test
 from ...client.understanding import understand
 from ...config import FedveilError
 from ...data_prep.schema import schema_to_json
@@ -35,6 +36,9 @@ _PRICED = (
     "sampling_rate",
     "rounds",
     "releases_per_round",
+    "statistics",
+    "statistics_noise",
+    "statistics_units",
     "evaluations",
     "evaluation_noise",
     "figures_noise",
@@ -49,9 +53,9 @@ class Debits:
 
     Attributes:
         site: Its name.
-        made: Rounds committed.
+        made: Rounds committed, the one of statistics among them.
         took_part: Rounds that its part is in, by the run's events.
-        asked: The last round that the sites were asked for.
+        asked: How many rounds the sites were asked for.
     """
 
     site: str
@@ -70,33 +74,36 @@ class Conformance:
     """What was found.
 
     Attributes:
-        tested: The self-test.
+        tested: The self-tests: of rounds, of statistics.
         debits: Of each ledger that the run folder has; none of a deployed run, where they stay at
             the sites.
     """
 
-    tested: Tested
+    tested: tuple[Tested, ...]
     debits: tuple[Debits, ...]
 
     @property
     def outcome(self) -> str:
         """Consistent, violated or inconclusive."""
         kept = all(debit.holds for debit in self.debits)
-        return self.tested.outcome if kept else "violated"
+        outcomes = {one.outcome for one in self.tested} | ({"violated"} if not kept else set())
+        worst = ("violated", "inconclusive", "consistent")
+        return next(outcome for outcome in worst if outcome in outcomes)
 
     @property
     def failed(self) -> tuple[str, ...]:
         """What did not hold."""
         ledgers = (f"ledger of {debit.site}" for debit in self.debits if not debit.holds)
-        return (*self.tested.failed, *ledgers)
+        tests = (name for one in self.tested for name in one.failed)
+        return (*tests, *ledgers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: `None` for what is infinite."""
         return {
             "verdict": self.outcome,
             "failed": list(self.failed),
-            "false_alarm_rate": self.tested.noise.alarm + self.tested.records.alarm,
-            "checks": [_plain(asdict(check)) for check in self.tested.checks],
+            "false_alarm_rate": sum(one.noise.alarm + one.records.alarm for one in self.tested),
+            "checks": [_plain(asdict(check)) for one in self.tested for check in one.checks],
             "ledgers": [{**asdict(debit), "holds": debit.holds} for debit in self.debits],
         }
 
@@ -116,8 +123,12 @@ def audit_conformance(run: Run) -> Conformance:
     _check_price(priced, told)
     debits = _debits(run, told)
     sites = priced.numbers.n if priced.shares_noise and priced.numbers else 1
-    tested = self_test(run.config, priced, sites, parameters=understood.parameters)
-    return Conformance(tested, debits)
+    tested = []
+    if priced.rounds or not priced.statistics:  # without a mechanism it says that there is none
+        tested.append(self_test(run.config, priced, sites, parameters=understood.parameters))
+    if priced.statistics:
+        tested.append(statistics_test(run.config, run.schema, priced, sites))
+    return Conformance(tuple(tested), debits)
 
 
 def _check_price(priced: Plan, told: History) -> None:
@@ -135,7 +146,10 @@ def _debits(run: Run, told: History) -> tuple[Debits, ...]:
     if not any((run.path / name).is_dir() for name in _SIMULATED):
         return ()
     asked = max([one.number for one in told.rounds] + list(told.lost), default=0)
+    asked += told.described is not None or told.lost_statistics
     away: dict[str, int] = {}
+    for site, _ in told.described.dropped if told.described else ():
+        away[site_name(site)] = 1
     for absence in told.absences:
         name = site_name(absence.site)
         away[name] = away.get(name, 0) + len(absence.rounds)
@@ -144,8 +158,9 @@ def _debits(run: Run, told: History) -> tuple[Debits, ...]:
     for name in (site_name(number) for number in range(1, told.sites + 1)):
         # Of a ledger that is not there nothing was committed.
         book = verify(files[name]).books.runs.get(told.run_id) if name in files else None
-        made = book.made.get("rounds", 0) if book else 0
-        found.append(Debits(name, made, len(told.rounds) - away.get(name, 0), asked))
+        made = sum(book.made.get(part, 0) for part in ("statistics", "rounds")) if book else 0
+        told_of = len(told.rounds) + (told.described is not None)
+        found.append(Debits(name, made, told_of - away.get(name, 0), asked))
     return tuple(found)
 
 

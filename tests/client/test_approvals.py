@@ -58,7 +58,8 @@ def line(call: Callable[[], object], kind: type[FedveilError] = ConfigError) -> 
 class TestWhatIsAsked:
     def test_in_numbers(self, run: Held) -> None:
         assert run.asks == {
-            "name": "heart", "family": "vae", "parameters": 1234, "rounds": 7, "sites": 5,
+            "name": "heart", "family": "vae", "parameters": 1234, "rounds": 7, "statistics": False,
+            "sites": 5,
             "unit": "record", "mechanism": "distributed", "encryption": "secagg",
             "epsilon": 2.00001, "delta": 1.01e-5, "n_min": 4, "t_collude": 1,
             "coordinator": (b"c" * 32).hex(),
@@ -67,7 +68,9 @@ class TestWhatIsAsked:
 
     def test_in_words_that_promise_no_more_than_holds(self, run: Held) -> None:
         what, price, summed, signed, *left = run.words
-        assert what == '"heart" trains a vae of 1234 parameters, 7 rounds at 5 sites.'
+        assert what == (
+            '"heart" makes a vae at 5 sites: 7 rounds of training a model of 1234 parameters.'
+        )
         assert price.startswith("It costs at most epsilon 2.001 and delta 1.1e-05 for each record")
         assert summed.startswith("Nobody sees less than a sum over 4 sites, if at most 1 of them")
         assert signed == f"The run is signed by {(b'c' * 32).hex()}."

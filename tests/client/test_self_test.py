@@ -131,5 +131,5 @@ class TestGrid:
     def test_the_right_one_passes(self, case: MakeCase, count: int) -> None:
         for name in ("distributed", "site, secagg"):
             one = case(name)
-            share, grid = tested._check_grid(one.priced, count)
+            share, grid = tested.check_grid(tested.ROUNDS, one.priced, count)
             assert 0 < grid < share / 500

@@ -40,7 +40,7 @@ def verdict(*checks: Check) -> Verdict:
 def test_debits(made: int, took_part: int, asked: int, *, holds: bool) -> None:
     debits = Debits("site-001", made, took_part, asked)
     assert debits.holds is holds
-    found = Conformance(Found(verdict(CHECK), verdict(CHECK)), (debits,))
+    found = Conformance((Found(verdict(CHECK), verdict(CHECK)),), (debits,))
     assert found.outcome == ("consistent" if holds else "violated")
     assert found.failed == (() if holds else ("ledger of site-001",))
 
@@ -76,7 +76,7 @@ def test_what_failed_is_told_once_and_shown_wherever_it_did() -> None:
 def test_plain_values_are_json() -> None:
     """Infinity is none."""
     check = replace(CHECK, name="clipping bound", low=-math.inf, wanted=math.inf)
-    found = Conformance(Found(verdict(CHECK), verdict(check)), ()).as_dict()
+    found = Conformance((Found(verdict(CHECK), verdict(check)),), ()).as_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["checks"][1]["low"] is found["checks"][1]["wanted"] is None
     assert found["checks"][1]["high"] == 1.01
