@@ -224,7 +224,7 @@ class TestOtherKinds:
         for token in (*b"Abb 1!", 256):
             counts[token] += 1
         workload = Workload((Query("bytes", (257,)),))
-        schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
+        schema = parse_schema({"modality": "text"}, "here")
         facts = describe(Noisy(workload, {"bytes": counts}, {"bytes": 0.0}, 3.0), schema)
         found = {level["name"]: level["value"] for level in facts["columns"][0]["levels"]}
         sixth = round(1 / 6, 6)
@@ -236,7 +236,7 @@ class TestOtherKinds:
 
     def test_a_kind_of_characters_has_the_noise_of_all_its_bytes(self) -> None:
         workload = Workload((Query("bytes", (257,)),))
-        schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
+        schema = parse_schema({"modality": "text"}, "here")
         counts = np.full(257, 1e4)
         facts = describe(Noisy(workload, {"bytes": counts}, {"bytes": 10.0}, 3.0), schema)
         digits = next(x for x in facts["columns"][0]["levels"] if x["name"] == "digits")
@@ -247,4 +247,4 @@ class TestOtherKinds:
     def test_what_is_not_asked_is_absent(self) -> None:
         schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
         facts = describe(Noisy(Workload(()), {}, {}, 3.0), schema)
-        assert set(facts) == {"units", "interval"}
+        assert set(facts) == {"modality", "units", "interval"}
