@@ -58,7 +58,7 @@ def describe(statistics: Noisy, schema: Schema) -> dict[str, Any]:
 
     Returns:
         `modality`, `units` (declared), `interval` (what its intervals are), `total` (records, as
-        noised), and `columns`: each with its name and kind; `missing`, the share of records without it;
+        noised), and `columns`: each with its name and kind; `missing`, the share without it;
         `levels`, shares of its categories (of a text, of kinds of characters); of a number,
         `declared` bounds, `quantiles` in its own units and `cells`, shares of parts of its range.
         `pairs`: Cramer's V of two columns with its interval and its floor. Each figure is a `value`

@@ -102,7 +102,8 @@ def statistics(long: str) -> dict[str, Any]:
     names = [f"{long}{i}" for i in range(30)]
     columns = [
         {"name": name, "kind": "x", "label": name == names[0], "missing": share,
-         "declared": [0.0, 1e9], "quantiles": parts, "levels": [{"name": f"{long}{i}", **share} for i in range(30)]}
+         "declared": [0.0, 1e9], "quantiles": parts,
+         "levels": [{"name": f"{long}{i}", **share} for i in range(30)]}
         for name in names
     ]  # fmt: skip
     pairs = [{"columns": [*two], **share, "told": "", "floor": 0.1} for two in pairwise(names)]
