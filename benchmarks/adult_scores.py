@@ -10,13 +10,13 @@ from statistics import fmean
 
 import numpy as np
 import polars as pl
-import torch
 
 from fedveil.config import Clean
 from fedveil.data_prep import Encoded, modality
-from fedveil.data_prep.schema import TableSchema
-from fedveil.models.family import Batch
-from fedveil.models.histograms import cells, levels
+from fedveil.data_prep.schema import Block, TableSchema
+
+PARTS = 10
+"""Equal parts of a number's encoded range, in distances."""
 
 
 def read(path: Path, schema: TableSchema) -> Encoded:
@@ -63,18 +63,33 @@ def tvd2(one: Encoded, other: Encoded, schema: TableSchema) -> float:
 
     A number counts by ten equal parts of its encoded range; the label is a column.
     """
-    ours, theirs = (
-        cells(Batch(torch.from_numpy(r.x), torch.from_numpy(r.y)), schema) for r in (one, other)
-    )
-    sizes = levels(schema)
+    sizes = [_cells(block) for block in schema.blocks] + [len(schema.classes)]
+    ours, theirs = (_places(records, schema) for records in (one, other))
     return fmean(
-        _distance(
-            ours[a] * sizes[b] + ours[b], theirs[a] * sizes[b] + theirs[b], sizes[a] * sizes[b]
-        )
+        _distance(ours[a] * sizes[b] + ours[b], theirs[a] * sizes[b] + theirs[b])
         for a, b in combinations(range(len(sizes)), 2)
     )
 
 
-def _distance(ours: np.ndarray, theirs: np.ndarray, size: int) -> float:
-    shares = [np.bincount(c, minlength=size) / len(c) for c in (ours, theirs)]
+def _cells(block: Block) -> int:
+    column = block.column
+    return column.levels if column.kind == "categorical" else PARTS + column.nullable
+
+
+def _places(records: Encoded, schema: TableSchema) -> list[np.ndarray]:
+    """Which cell each record is in, [N] for each column and the label."""
+    found = []
+    for block in schema.blocks:
+        part = records.x[:, block.start : block.stop]
+        if block.column.kind == "categorical":
+            found.append(part.argmax(axis=1))
+            continue
+        place = np.floor(part[:, 0] * PARTS).astype(np.int64).clip(0, PARTS - 1)
+        found.append(np.where(part[:, 1] < 0.5, PARTS, place) if block.column.nullable else place)
+    return [*found, records.y]
+
+
+def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    size = int(max(ours.max(), theirs.max())) + 1
+    shares = [np.bincount(places, minlength=size) / len(places) for places in (ours, theirs)]
     return float(np.abs(shares[0] - shares[1]).sum() / 2)
