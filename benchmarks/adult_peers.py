@@ -19,11 +19,30 @@ from fedveil.data_prep.clean import bounds
 from fedveil.data_prep.schema import Block, TableSchema
 
 SMARTNOISE = "smartnoise-synth==1.0.8"
-WITH = ("torch==2.13.0", "numpy<2.3", "mbi==1.1.0", "setuptools<80")
+WITH = ("torch==2.13.0", "numpy<2.3", "mbi==1.1.0", "setuptools<80", "packaging")
 """What it runs with here; it declares no upper bounds."""
 PARTS = 30
 """Equal parts of a number's range; a multiple of the ten that distances are measured in."""
 PEER = Path(__file__).with_name("adult_peer.py")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of a peer.
+
+    Attributes:
+        peer: Its name, as its library has it.
+        epsilon: Its budget, with `delta`.
+        delta: See `epsilon`.
+        seed: Of all that it draws but its noise, which may be secret.
+        limit: Seconds after which it is given up.
+    """
+
+    peer: str
+    epsilon: float
+    delta: float
+    seed: int
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -72,52 +91,44 @@ def environment() -> Path | None:
     return python
 
 
-def run(
-    python: Path,
-    peer: str,
-    epsilon: float,
-    delta: float,
-    seed: int,
-    records: Encoded,
-    schema: TableSchema,
-    scratch: Path,
-    limit: float,
-) -> Found:
-    """As many synthetic records as there are real ones; none where it takes longer than `limit`."""
+def run(python: Path, order: Order, records: Encoded, schema: TableSchema, scratch: Path) -> Found:
+    """As many synthetic records as there are real ones, or why there are none."""
     given, found = scratch / "given.npz", scratch / "found.npz"
     found.unlink(missing_ok=True)
-    parts = 0 if peer.endswith("gan") else PARTS
-    levels = [_levels(block, parts) for block in schema.blocks] + [len(schema.classes)]
+    levels = [
+        *(_levels(block, whole=order.peer.endswith("gan")) for block in schema.blocks),
+        len(schema.classes),
+    ]
     np.savez(given, table=_table(records, schema, levels), levels=levels)
-    command = [str(python), str(PEER), peer, str(epsilon), str(delta), str(seed)]
-    done: subprocess.CompletedProcess[str]
+    numbers = [str(number) for number in (order.epsilon, order.delta, order.seed)]
+    command = [str(python), str(PEER), order.peer, *numbers, str(given), str(found)]
     try:
         done = subprocess.run(
-            [*command, str(given), str(found)], check=False, timeout=limit, text=True,
-            capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            command, check=False, timeout=order.limit, text=True, capture_output=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Found(None, limit, f"{peer}: did not end within {limit:.0f} s")
+        return Found(None, order.limit, f"did not end within {order.limit:.0f} s")
     if done.returncode or not found.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Found(None, 0.0, f"{peer}: failed: {last}")
+        return Found(None, 0.0, (done.stderr.strip().splitlines() or ["no message"])[-1])
     with np.load(found) as opened:
         table, seconds = opened["table"], float(opened["seconds"])
-    drawn = _encoded(table, schema, levels, np.random.default_rng(seed))
-    decoded = modality(schema).decode(drawn, schema)
-    return Found(as_encoded(decoded, schema), seconds)
+    drawn = _encoded(table, schema, levels, np.random.default_rng(order.seed))
+    return Found(as_encoded(modality(schema).decode(drawn, schema), schema), seconds)
 
 
-def _levels(block: Block, parts: int) -> int:
-    """Codes of a column; 0 where it stays a number."""
+def _levels(block: Block, *, whole: bool) -> int:
+    """Codes of a column; 0 for a number that is left whole."""
     column = block.column
     if column.kind == "categorical":
         return column.levels
     if column.nullable:
         raise ValueError(f'column "{column.name}": peers get no numbers that may be missing')
     low, high = bounds(column)
-    few = column.kind == "integer" and column.transform == "none" and high - low < parts
-    return int(high - low) + 1 if few else parts
+    if whole:
+        return 0
+    few = column.kind == "integer" and column.transform == "none" and high - low < PARTS - 1
+    return int(high - low) + 1 if few else PARTS
 
 
 def _table(records: Encoded, schema: TableSchema, levels: list[int]) -> np.ndarray:
