@@ -6,7 +6,7 @@ classifiers, and the distance of pairs of columns (`tvd2`). `pooled` is the same
 queries, asked at one place with as much noise as ten sites together add. The peers
 (`adult_peers.py`) see all records at one place; they take turns with Fedveil, seed by seed. Their
 domain is the declared one, so that none of their budget goes to finding it. `--quick` leaves them
-out, and all but ten sites at epsilon 1. Without the files of ../shared/data there is nothing to measure.
+out, and all but ten sites at epsilon 1. Without the files of ../shared/data nothing is measured.
 """
 
 import sys
