@@ -57,11 +57,13 @@ def workload(
     count, total, square = _SHARES
     groups = classes if kind == "class" else 1
     width = size if kind == "diagonal" else size * (size + 1) // 2
-    return Workload((
-        Query("count", (classes,), 1.0, count),
-        Query("sum", (classes, size), radius, total / radius),
-        Query("square", (groups, width), radius**2, square / radius**2),
-    ))
+    return Workload(
+        (
+            Query("count", (classes,), 1.0, count),
+            Query("sum", (classes, size), radius, total / radius),
+            Query("square", (groups, width), radius**2, square / radius**2),
+        )
+    )
 
 
 def answers(
@@ -137,7 +139,9 @@ def _add(parts: dict[str, np.ndarray], label: int, z: np.ndarray) -> None:
 def _chosen(
     schema: ImageSchema, options: Statistics, units: float, noise_multiplier: float
 ) -> tuple[int, str]:
-    return options.image_coefficients or min(144, math.prod(schema.shape)), options.image_covariances or "class"
+    return options.image_coefficients or min(
+        144, math.prod(schema.shape)
+    ), options.image_covariances or "class"
 
 
 def triangle(matrix: np.ndarray) -> np.ndarray:
