@@ -391,7 +391,7 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "an empty text": (texts(b""), "data: holds no records"),
     "an empty jsonl": (texts(b"", "data.jsonl"), "data: holds no records"),
     "a text of UTF-16": (texts(PLAY.encode("utf-16")), "save it as UTF-8"),
-    "a text of Latin letters": (texts(("\u00e9t\u00e9 " * 99).encode("latin-1")), "save it as UTF-8"),
+    "a text of Latin-1": (texts(("\u00e9t\u00e9 " * 99).encode("latin-1")), "save it as UTF-8"),
     "a text that is none": (texts(np.random.default_rng(1).bytes(999)), "save it as UTF-8"),
     "a text of fewer records than sites": (texts(b"To be"), "more sites than records (1)"),
     "a text of another ending": (texts(PLAY.encode(), "data.doc"), "must end in .txt or .jsonl"),

@@ -1125,6 +1125,9 @@ class TestTexts:
 
     SCHEMA = TextSchema(length=8)
 
+    def exam(self) -> Exam:
+        return with_histograms(blank(self.SCHEMA), {"one_way": np.ones(47)})
+
     def records(self, *lengths: int) -> Batch:
         """Texts of so many bytes; the place of each is its y, for `planted`."""
         x = np.full((len(lengths), 8), 1.0, dtype=np.float32)
@@ -1139,7 +1142,7 @@ class TestTexts:
 
     def test_bits_a_character_are_by_hand(self) -> None:
         records = self.records(8, 2)
-        exam = blank(self.SCHEMA)
+        exam = self.exam()
         sums = answers(planted(-2.0, -1.0), nn.Identity(), exam, records, self.SCHEMA)
         assert sums["characters"].tolist() == [1.25]
         found = figures(sums, exam, self.SCHEMA, BOUNDS)
@@ -1148,7 +1151,7 @@ class TestTexts:
         assert found["loss"] == pytest.approx(1.5)
 
     def test_each_person_counts_once(self) -> None:
-        records, exam = self.records(8, 2, 2), blank(self.SCHEMA)
+        records, exam = self.records(8, 2, 2), self.exam()
         weights = torch.tensor([1.0, 0.5, 0.5])
         sums = answers(planted(-2.0, -1.0, 0.0), nn.Identity(), exam, records, self.SCHEMA, weights)
         assert sums["characters"].tolist() == [1.25]
@@ -1157,14 +1160,14 @@ class TestTexts:
 
     @pytest.mark.parametrize("noised", [-50.0, 0.0, 1e-9])
     def test_are_finite_whatever_noise_makes_of_them(self, noised: float) -> None:
-        exam = blank(self.SCHEMA)
+        exam = self.exam()
         sums = answers(planted(-2.0), nn.Identity(), exam, self.records(8), self.SCHEMA)
         sums["characters"] = np.array([noised])
         found = figures(sums, exam, self.SCHEMA, BOUNDS)
         assert 0 <= found["bits_per_character"] < math.inf
 
     def test_their_floor_is_that_of_as_many_bytes(self) -> None:
-        exam = with_histograms(blank(self.SCHEMA), {"one_way": np.ones(47)})
+        exam = self.exam()
         long, short = (
             {"count": np.array([500.0]), "characters": np.array([share]), "one_way": np.ones(47)}
             for share in (500.0, 62.5)
