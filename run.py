@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
     from torch import nn
 
+    from .data_prep.queries import Noisy
     from .models import Batch
 
 
@@ -56,6 +57,20 @@ class Run:
         """What was promised and spent, against whom, by which accountant."""
         found: dict[str, Any] = self.metrics["privacy"]
         return found
+
+    @cached_property
+    def statistics(self) -> "Noisy":
+        """What the round of statistics released, by query, each with the noise in it.
+
+        Raises:
+            FedveilError: The run has made none, or its file is damaged.
+        """
+        from .privacy.plan import plan
+        from .server.statistics import kept
+
+        begun = (event for event in self.events() if event["event"] in {"run", "resumed"})
+        run_id = next((str(event["run_id"]) for event in begun), "")
+        return kept(self._folder, run_id, self.config, self.schema, plan(self.config))
 
     def events(self) -> Iterator[Event]:
         """The lines of `events.jsonl`."""

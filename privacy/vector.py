@@ -238,10 +238,13 @@ def unflat(values: np.ndarray, like: Mapping[str, np.ndarray]) -> dict[str, np.n
     return found
 
 
-def rounding(release: Release, block: Block) -> float:
-    """How many times its sensitivity a sum on the grid has, for a server that adds noise to it.
+def rounding(release: Release, block: Block, plan: Plan) -> float:
+    """How many times the noise that a sum would need on a continuum it needs on its grid.
 
-    `quantise`: (1 + 2^-22) (scale C + sqrt(d)) steps.
+    Where noise is shared out, it is the honest sites' over the accounted one; where a server adds
+    it, the sum's sensitivity over the release's. `quantise`: (1 + 2^-22) (scale C + sqrt(d)) steps.
     """
     steps = block.scale * release.sensitivity
+    if plan.shares_noise:
+        return block.sigma * math.sqrt(plan.honest) / (steps * release.noise_multiplier)
     return (1 + 2.0**-22) * (1 + math.sqrt(release.length) / steps)

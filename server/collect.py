@@ -305,7 +305,7 @@ def _summed(channel: Channel, secure: SecureSums, task: Task, ledgers: Ledgers) 
         noises=_noises(channel.priced, len(found.sites)),
         left=found.left,
         rounding={
-            release.name: vector.rounding(release, one.block)
+            release.name: vector.rounding(release, one.block, channel.priced)
             for release, one in zip(releases, placed, strict=True)
         },
     )

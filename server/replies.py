@@ -34,8 +34,8 @@ class Collected:
         ledgers: Count and head hash of each one's ledger.
         left: Who is in a secure sum and did not stay to its unmasking, and why.
         noises: Variance of the noise in the sum of the parts over the accounted one.
-        rounding: How many times its sensitivity a block has on the grid of a secure sum, for a
-            server that adds the noise.
+        rounding: How many times the noise that a block would need on a continuum it has, or needs,
+            on the grid of a secure sum.
     """
 
     parts: tuple[Update, ...]
