@@ -17,7 +17,7 @@ import numpy as np
 from ..data_prep.queries import Noisy
 from ..data_prep.queries.cells import Cells, cells, own_units
 from ..data_prep.queries.tables import fine_histogram, has_table, quantiles, table_of
-from ..data_prep.schema import Column, Schema, TableSchema
+from ..data_prep.schema import Column, ImageSchema, Schema, TableSchema
 from .association import Margin, cramers_v, margin
 from .intervals import LEVEL, Range, Z, quantile_cells, share_ranges
 
@@ -69,6 +69,8 @@ def describe(statistics: Noisy, schema: Schema) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(schema, TableSchema):
         return found | _table(statistics, schema)
+    if isinstance(schema, ImageSchema) and "count" in statistics.values:
+        return found | _images(statistics, schema)
     if "bytes" in statistics.values:
         return found | {"columns": [_characters(statistics)]}
     return found
@@ -85,10 +87,27 @@ def _table(statistics: Noisy, schema: TableSchema) -> dict[str, Any]:
             columns[-1]["quantiles"] = _quantiles(declared[about.column], statistics, schema)
         margins[about.column] = margin(counts, noise, ordered=about.number)
     columns[-1]["label"] = schema.label is not None
-    total, spread = table_of((), statistics, schema)
-    said = Range(float(total), float(total) - Z * spread, float(total) + Z * spread)
-    pairs = _pairs(described, margins, statistics, schema, (float(total), spread))
-    return {"total": _fact(said), "columns": columns, "pairs": pairs}
+    counted, spread = table_of((), statistics, schema)
+    total = float(counted)
+    pairs = _pairs(described, margins, statistics, schema, (total, spread))
+    return {"total": _total(total, spread), "columns": columns, "pairs": pairs}
+
+
+def _total(total: float, spread: float) -> dict[str, Any]:
+    return _fact(Range(total, total - Z * spread, total + Z * spread))
+
+
+def _images(statistics: Noisy, schema: ImageSchema) -> dict[str, Any]:
+    """How many images there are, and of which classes."""
+    counts = statistics.values["count"]
+    noise = np.full(counts.shape, statistics.noise["count"])
+    found: dict[str, Any] = {"total": _total(float(counts.sum()), float(np.linalg.norm(noise)))}
+    if not schema.classes:
+        return found
+    shares = zip(schema.classes, share_ranges(counts, noise), strict=True)
+    levels = [{"name": name, **_fact(share)} for name, share in shares]
+    label = {"name": schema.label, "kind": "categorical", "label": True, "levels": levels}
+    return found | {"columns": [label]}
 
 
 def _characters(statistics: Noisy) -> dict[str, Any]:
