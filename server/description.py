@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data_prep.queries import Noisy
+from ..data_prep.queries import Noisy, Workload
 from ..data_prep.queries.cells import Cells, cells, own_units
 from ..data_prep.queries.tables import fine_histogram, has_table, quantiles, table_of
 from ..data_prep.schema import Column, ImageSchema, Schema, TableSchema
@@ -41,7 +41,7 @@ _CHARACTERS: dict[str, Collection[int]] = {
     "capital letters": _CAPITAL,
     "digits": _DIGITS,
     "blanks": _BLANKS,
-    "punctuation and signs": sorted(_OTHERS),
+    "marks and signs": sorted(_OTHERS),
     "control characters": sorted({*range(33), 127} - {*_BLANKS}),
     "bytes beyond ASCII": range(128, 256),
 }
@@ -91,6 +91,13 @@ def _table(statistics: Noisy, schema: TableSchema) -> dict[str, Any]:
     total = float(counted)
     pairs = _pairs(described, margins, statistics, schema, (total, spread))
     return {"total": _total(total, spread), "columns": columns, "pairs": pairs}
+
+
+def _about(names: tuple[str, ...], statistics: Noisy) -> Noisy:
+    """What was asked of some columns: with many columns, most queries are about others."""
+    queries = (q for q in statistics.asked.queries if set(names) <= set(q.columns))
+    asked = Workload(tuple(queries))
+    return Noisy(asked, statistics.values, statistics.noise, statistics.units)
 
 
 def _total(total: float, spread: float) -> dict[str, Any]:
@@ -193,14 +200,16 @@ def _pairs(
 ) -> list[dict[str, Any]]:
     """Cramer's V of every two columns that were asked for together."""
     found: list[dict[str, Any]] = []
+    about_each = {one.column: _about((one.column,), statistics) for one in described}
     for pair in combinations((about.column for about in described), 2):
-        if not has_table(pair, statistics):
+        asked = _about(pair, about_each[pair[0]])
+        if not has_table(pair, asked):
             continue
         first, second = (margins[name] for name in pair)
         if first is None or second is None or total[0] <= Z * total[1]:
             found.append({"columns": list(pair), "told": ONE_GROUP})
             continue
-        v = cramers_v(*_counts(pair, statistics, schema), (first, second), *total)
+        v = cramers_v(*_counts(pair, asked, schema), (first, second), *total)
         told = "" if v.low > 0 else WITHIN
         figures = _fact(Range(v.value, v.low, v.high)) | {"told": told}
         found.append({"columns": list(pair), **figures, "floor": round(v.floor, 4)})

@@ -228,7 +228,7 @@ class TestOtherKinds:
         sixth = round(1 / 6, 6)
         assert found == {
             "small letters": round(1 / 3, 6), "capital letters": sixth, "digits": sixth,
-            "blanks": sixth, "punctuation and signs": sixth, "control characters": 0.0,
+            "blanks": sixth, "marks and signs": sixth, "control characters": 0.0,
             "bytes beyond ASCII": 0.0,
         }  # fmt: skip
 
