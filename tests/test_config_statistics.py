@@ -34,33 +34,45 @@ class TestRefusals:
         [
             (
                 {"model": MARGINAL, "privacy": share(0.5)},
-                'privacy.statistics_share = 0.5: model.family = "marginal" is made of the '
-                "statistics alone; leave it out",
+                (
+                    'privacy.statistics_share = 0.5: model.family = "marginal" is made of the '
+                    "statistics alone; leave it out"
+                ),
             ),
             (
                 {"model": MARGINAL, "privacy": share(0.0)},
-                'privacy.statistics_share = 0: model.family = "marginal" is made of the '
-                "statistics alone; leave it out",
+                (
+                    'privacy.statistics_share = 0: model.family = "marginal" is made of the '
+                    "statistics alone; leave it out"
+                ),
             ),
             (
                 {"model": {"warm_start": False}, "privacy": share(1.0)},
-                "model.warm_start = false: with privacy.statistics_share = 1 nothing would be "
-                "trained; leave one of them out",
+                (
+                    "model.warm_start = false: with privacy.statistics_share = 1 nothing would be "
+                    "trained; leave one of them out"
+                ),
             ),
             (
                 {"federation": {"rounds": 0}},
-                "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where "
-                "nothing is trained beyond the statistics",
+                (
+                    "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where "
+                    "nothing is trained beyond the statistics"
+                ),
             ),
             (
                 {"federation": {"rounds": 0}, "privacy": share(0.99)},
-                "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where "
-                "nothing is trained beyond the statistics",
+                (
+                    "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where "
+                    "nothing is trained beyond the statistics"
+                ),
             ),
             (
                 {"privacy": share(0.7), "evaluation": {"training_share": 0.3}},
-                "privacy.statistics_share + evaluation.training_share = 1: must leave some of the "
-                "budget to training; lower one of them below a sum of 1",
+                (
+                    "privacy.statistics_share + evaluation.training_share = 1: must leave some of the "
+                    "budget to training; lower one of them below a sum of 1"
+                ),
             ),
             ({"privacy": share(1.5)}, "privacy.statistics_share = 1.5: must be <= 1"),
             ({"privacy": share(-0.1)}, "privacy.statistics_share = -0.1: must be >= 0"),
@@ -85,8 +97,10 @@ class TestRefusals:
         [
             (
                 {"family": "marginel"},
-                "model.family = \"marginel\": must be 'vae' or 'marginal'; did you mean "
-                '"marginal"?',
+                (
+                    "model.family = \"marginel\": must be 'vae' or 'marginal'; did you mean "
+                    '"marginal"?'
+                ),
             ),
             ({"family": "gan"}, "model.family = \"gan\": must be 'vae' or 'marginal'"),
             (
