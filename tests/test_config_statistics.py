@@ -24,6 +24,10 @@ def share(value: float | None, **options: Any) -> dict[str, Any]:  # noqa: ANN40
     return {"statistics_share": value, **options}
 
 
+NO_ROUNDS = (
+    "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where nothing is "
+    "trained beyond the statistics"
+)
 MARGINAL = {"family": "marginal"}
 SITE = {"mechanism": "site"}
 
@@ -55,23 +59,17 @@ class TestRefusals:
             ),
             (
                 {"federation": {"rounds": 0}},
-                (
-                    "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where "
-                    "nothing is trained beyond the statistics"
-                ),
+                NO_ROUNDS,
             ),
             (
                 {"federation": {"rounds": 0}, "privacy": share(0.99)},
-                (
-                    "federation.rounds = 0: must be >= 1 unless privacy.statistics_share = 1, where "
-                    "nothing is trained beyond the statistics"
-                ),
+                NO_ROUNDS,
             ),
             (
                 {"privacy": share(0.7), "evaluation": {"training_share": 0.3}},
                 (
-                    "privacy.statistics_share + evaluation.training_share = 1: must leave some of the "
-                    "budget to training; lower one of them below a sum of 1"
+                    "privacy.statistics_share + evaluation.training_share = 1: must leave some of "
+                    "the budget to training; lower one of them below a sum of 1"
                 ),
             ),
             ({"privacy": share(1.5)}, "privacy.statistics_share = 1.5: must be <= 1"),

@@ -43,7 +43,7 @@ def _remembered(config: str) -> Plan:
 
 
 def composed(delta: float, *gaussians: tuple[float, int]) -> float:
-    """Epsilon of Gaussian releases (noise multiplier, count), by dp_accounting's own composition."""
+    """Epsilon of Gaussian releases (noise multiplier, count), as dp_accounting composes them."""
     accountant = PLDAccountant(
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-4
     )
