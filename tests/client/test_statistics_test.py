@@ -12,7 +12,7 @@ import pytest
 
 from fedveil.client import self_test as running
 from fedveil.client import statistics, statistics_test
-from fedveil.client.self_test import ConformanceError, Tested
+from fedveil.client.self_test import ConformanceError
 from fedveil.config import RunConfig
 from fedveil.data_prep.queries import tables
 from fedveil.data_prep.queries.workload import Workload
@@ -57,7 +57,7 @@ class Given:
             statistics_epsilon=1.0,
         )
 
-    def tested(self, sites: int | None = None, schema: Schema = SCHEMA) -> Tested:
+    def tested(self, sites: int | None = None, schema: Schema = SCHEMA) -> running.Tested:
         sites = self.all_sites if sites is None else sites
         return statistics_test.statistics_test(
             self.config, schema, self.priced, sites, self.coins(0)
@@ -271,7 +271,7 @@ class TestTheRunsOwn:
 
         def finer(z: float, c: float, d: int, h: int, most: float) -> Grid:
             found = choose_grid(z, c, d, h, most)
-            return replace(found, scale=1000 * found.scale) if most < 10 else found
+            return replace(found, scale=100_000 * found.scale) if most < 10 else found
 
         monkeypatch.setattr(vector, "choose_grid", finer)
         with pytest.raises(ConformanceError, match="noise on the grid"):

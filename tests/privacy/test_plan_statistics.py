@@ -121,6 +121,7 @@ class TestAlone:
         found = priced(1.0, evaluation={"training_share": 0.3})
         parts = (found.statistics_noise, 1), (found.figures_noise, 1)
         assert 0.98 * 2 < composed(found.delta, *parts) <= 2.0
+        assert found.training_epsilon == pytest.approx(composed(found.delta, *parts), rel=2e-3)
         assert composed(found.delta, parts[0]) < 0.99 * 2
         assert composed(found.delta, parts[1]) <= 0.3 * 2
         assert found.epsilon_after(0, 1, 1) == found.epsilon
