@@ -50,7 +50,7 @@ def understand(config_json: str, schema_json: str) -> Understood:
     parameters = sum(sizes[name] for name in kind.trainable(module))
     priced = plan(config)
     if priced.statistics:
-        run_workload(config, schema, priced.statistics_noise)  # too large ones are refused here
+        run_workload(config, schema, priced.statistics_noise)  # what cannot be asked is not paid
     return Understood(config, schema, priced, parameters)
 
 

@@ -11,18 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..data_prep.schema import Column, Schema, TableSchema, TextSchema
-from ..data_prep.texts import PADDING, tokens_of
+from ..data_prep.queries.texts import CLASS_NAMES, CLASS_OF
+from ..data_prep.schema import PADDING, Column, Schema, TableSchema, TextSchema, tokens_of
 from .family import Batch
 
 NUMBER_BINS = 10
 """Equal parts of a number's encoded range."""
-
-_NAMED = {ord("\n"): "line end", ord("\t"): "tab", ord(" "): "blank"}
-_BYTES = tuple(
-    _NAMED.get(code, chr(code) if 32 < code < 127 else f"byte {code:02x}")
-    for code in range(PADDING)
-)
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ def described(schema: Schema) -> list[Cells]:
     """The cells of each column, in the order of `cells`."""
     found = []
     if isinstance(schema, TextSchema):
-        found = [Cells("bytes", number=False, names=_BYTES)]
+        found = [Cells("characters", number=False, names=CLASS_NAMES)]
     if isinstance(schema, TableSchema):
         found = [_cells_of(block.column) for block in schema.blocks]
     if schema.label is not None:
@@ -96,7 +90,7 @@ def cells(records: Batch, schema: Schema) -> list[np.ndarray]:
 def one_way(records: Batch, schema: Schema, weights: np.ndarray | None = None) -> np.ndarray:
     """The histograms of all columns, joined; each record counts by its weight [N], or once.
 
-    A text is spread over the cells of its bytes, by their shares: in L1, and so in L2, it adds no
+    A text is spread over the classes of its bytes, by their shares: in L1, and so in L2, it adds no
     more than 1.
     """
     if isinstance(schema, TextSchema):
@@ -111,7 +105,8 @@ def _byte_shares(records: Batch, weights: np.ndarray | None) -> np.ndarray:
     each = np.ones(len(tokens)) if weights is None else weights
     each = each / np.maximum(real.sum(axis=1), 1)
     spread = np.broadcast_to(each[:, None], tokens.shape)[real]
-    return np.bincount(tokens[real], spread, minlength=PADDING).astype(np.float64)
+    found = np.bincount(CLASS_OF[tokens[real]], spread, minlength=len(CLASS_NAMES))
+    return found.astype(np.float64)
 
 
 def characters(records: Batch, schema: Schema, weights: np.ndarray | None = None) -> np.ndarray:

@@ -57,14 +57,16 @@ def describe(statistics: Noisy, schema: Schema) -> dict[str, Any]:
         schema: What a record is.
 
     Returns:
-        `units` (declared), `interval` (what its intervals are), `total` (records, as noised), and
-        `columns`: each with its name and kind; `missing`, the share of records without it;
+        `modality`, `units` (declared), `interval` (what its intervals are), `total` (records, as
+        noised), and `columns`: each with its name and kind; `missing`, the share without it;
         `levels`, shares of its categories (of a text, of kinds of characters); of a number,
         `declared` bounds, `quantiles` in its own units and `cells`, shares of parts of its range.
         `pairs`: Cramer's V of two columns with its interval and its floor. Each figure is a `value`
         between `low` and `high`; `told` is empty, or why it lets nothing be said.
     """
-    found: dict[str, Any] = {"units": statistics.units, "interval": _ABOUT}
+    found: dict[str, Any] = {
+        "modality": schema.modality, "units": statistics.units, "interval": _ABOUT,
+    }  # fmt: skip
     if isinstance(schema, TableSchema):
         return found | _table(statistics, schema)
     if "bytes" in statistics.values:

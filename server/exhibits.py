@@ -107,8 +107,8 @@ _WORDS = {
     "have learnt records by heart.",
     "bits_per_character": "The loss in bits, over the number of bytes of a text: how well the "
     "model guesses the next byte. 8 is no guess at all; English takes some 4.8 by its letters.",
-    "one_way_tv": "How far the synthetic histogram of a column, or of a text's bytes, is from the "
-    "real one, the mean over columns: 0 is alike, 1 is nothing in common.",
+    "one_way_tv": "How far the synthetic histogram of a column, or of a text's letters, is from "
+    "the real one, the mean over columns: 0 is alike, 1 is nothing in common.",
     "two_way_tv": "The same of pairs of columns: whether what goes together does so in the "
     "synthetic records too.",
     "accuracy": "How often a classifier that has only seen synthetic records is right about real "

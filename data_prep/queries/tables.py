@@ -272,6 +272,11 @@ def table_of(
     return np.asarray(total / weights), 1 / math.sqrt(weights)
 
 
+def tables(asked: Workload) -> list[Query]:
+    """The marginals that were asked: counts over the cells of columns together."""
+    return [query for query in asked.queries if _kind(query) == "cells"]
+
+
 def has_table(columns: Sequence[str], statistics: Noisy) -> bool:
     """Whether a query has all these columns together."""
     return any(_says(query, columns) for query in statistics.asked.queries)

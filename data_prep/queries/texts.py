@@ -20,8 +20,7 @@ from scipy import sparse
 
 from ...config import ConfigError, Statistics
 from ..modality import Encoded
-from ..schema import Schema, TextSchema
-from ..texts import PADDING, tokens_of
+from ..schema import PADDING, Schema, TextSchema, tokens_of
 from .workload import Query, Workload, clipped_sum
 
 EDGE = PADDING
@@ -50,6 +49,12 @@ CLASS_OF = _classes()
 """[257] the class of each token; public."""
 
 CLASSES = int(CLASS_OF.max()) + 1
+
+CLASS_NAMES = (
+    *map(chr, range(ord("a"), ord("z") + 1)), "blank", "line end", "digit", "'", ",", ".", "; :",
+    "! ?", "-", "other below 128", *(f"above 127, kind {place}" for place in range(_HIGH)),
+)  # fmt: skip
+"""Of the classes of bytes: all but the last one, the edge's."""
 
 HASHED = 2**14
 """Cells of runs of four."""

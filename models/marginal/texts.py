@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ...config import MarginalOptions
 from ...data_prep.queries import Noisy
 from ...data_prep.queries.texts import CLASS_OF, CLASSES, EDGE, HASHED, TOKENS, hashed
-from ...data_prep.schema import Schema
-from ...data_prep.texts import PADDING
+from ...data_prep.schema import PADDING, Schema
 from ..family import Batch
 from ..layers import Table
 from .counts import shrunk
@@ -29,7 +28,7 @@ _PLACES = 16_384  # that are looked at at a time
 
 # What is known of bytes without a look at any: how often, roughly, against one another. UTF-8 has
 # none of the last, and of control characters cleaning leaves tabs and line ends only.
-_GUESS = np.full(TOKENS, 0.2)
+_GUESS = np.full(TOKENS, 0.02)
 _GUESS[32:127] = 1.0
 _GUESS[ord("a") : ord("z") + 1] = 4.0
 _GUESS[ord(" ")], _GUESS[ord("\n")] = 16.0, 2.0
@@ -82,10 +81,23 @@ def _pairs(bytes_: np.ndarray, pairs: np.ndarray, own: float, noise: float) -> n
     weight = summed**2 / (own**2 + summed**2)
     read = weight * bytes_ + (1 - weight) * pairs.sum(axis=0)
     total = max(float(read.sum()), 1.0)
-    tokens = shrunk(read, total * _GUESS / _GUESS.sum(), own * math.sqrt(weight))
+    own *= math.sqrt(weight)
+    tokens = shrunk(read, _guess(read, total, own), own)
     before = tokens.copy()
     before[EDGE] = max(float(pairs[EDGE].sum()), 1.0)
     return shrunk(pairs, np.outer(before, tokens) / before.sum(), noise)
+
+
+def _guess(read: np.ndarray, total: float, noise: float) -> np.ndarray:
+    """Expected counts of tokens; whether there is anything but ASCII shows in the sum of all of it.
+
+    One by one 128 bytes that never occur would each keep a little for what noise may hide.
+    """
+    guess: np.ndarray = total * _GUESS / _GUESS.sum()
+    high = slice(128, EDGE)
+    sums = np.array([read[high].sum()]), np.array([guess[high].sum()])
+    guess[high] *= shrunk(*sums, noise * math.sqrt(EDGE - 128)) / sums[1]
+    return guess
 
 
 def _in_classes(pairs: np.ndarray) -> np.ndarray:

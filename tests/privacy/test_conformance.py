@@ -414,7 +414,7 @@ class TestOneRecordAtASite:
         config = make_config(privacy=FAST, data={"holdout": 0.0})
         site = Site("site", lambda _: frame, KEY, budget, Coins(KEY))
         records = site.records(config, schema).training
-        module = nn.Linear(schema.width, 1, bias=False)
+        module = nn.Linear(schema.shape[0], 1, bias=False)
         priced = plan(config)
         return flat(gradient_sum(ATTENDANCE, module, records, config, priced, Coins(KEY)))
 
