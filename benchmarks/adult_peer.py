@@ -33,7 +33,6 @@ def main(peer: str, epsilon: float, delta: float, seed: int, given: str, found: 
     """Fits the peer to the table and writes its synthetic one."""
     np.random.seed(seed)  # noqa: NPY002  what the peers draw from
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
     # The default, "round", pairs low codes with low ones in columns that are independent.
     rows_alone = partialmethod(MarkovRandomField.synthetic_data, method="sample")
     MarkovRandomField.synthetic_data = rows_alone
