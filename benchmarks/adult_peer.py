@@ -44,8 +44,8 @@ def main(peer: str, epsilon: float, delta: float, seed: int, given: str, found: 
     synthesizer = Synthesizer.create(peer, epsilon=epsilon, delta=delta, **_options(peer))
     synthesizer.fit(frame, transformer=_transformer(peer, levels))
     synthetic = synthesizer.sample(len(frame))
-    spent = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - worked}
-    np.savez(found, table=np.asarray(synthetic, np.float64), **spent)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - worked
+    np.savez(found, table=np.asarray(synthetic, np.float64), seconds=seconds, cpu=cpu)
 
 
 def _options(peer: str) -> dict[str, Any]:
