@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,10 @@ ROWS = [
 ]
 
 
-def encoded(rows: list[dict[str, Any]], schema: Schema = SCHEMA) -> Encoded:
+def encoded(rows: Sequence[Mapping[str, object]], schema: Schema = SCHEMA) -> Encoded:
     """Of rows that are clean."""
     types = {"age": pl.Int64, "dose": pl.Float64, "hue": pl.String, "ill": pl.String}
-    return tabular.encode(pl.DataFrame(rows, schema=types), schema)
+    return tabular.encode(pl.DataFrame([*rows], schema=types), schema)
 
 
 def asked(units: float = 100.0, noise_multiplier: float = 0.0) -> Workload:
@@ -48,7 +49,7 @@ def asked(units: float = 100.0, noise_multiplier: float = 0.0) -> Workload:
     return queries.workload(SCHEMA, Statistics(), units, noise_multiplier)
 
 
-def released(rows: list[dict[str, Any]], z: float = 0.0, seed: int = 0) -> Noisy:
+def released(rows: Sequence[Mapping[str, object]], z: float = 0.0, seed: int = 0) -> Noisy:
     """One round."""
     workload = asked(float(len(rows)), z)
     exact = queries.answers(workload, encoded(rows), SCHEMA)

@@ -486,7 +486,8 @@ def evil_statistics() -> dict[str, Any]:
             return [made(value) for value in found]
         return f"{EVIL}{found}" if isinstance(found, str) and found else found
 
-    return made(federation())
+    found: dict[str, Any] = made(federation())
+    return found
 
 
 class TestTheFile:

@@ -1,6 +1,5 @@
 """Class moments of images: what a record adds is bounded, whatever it is."""
 
-import itertools
 import math
 
 import numpy as np
