@@ -30,7 +30,7 @@ SCHEMA = parse_schema(
     },
     "here",
 )  # fmt: skip
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     *[{"age": 3, "dose": 0.0, "hue": "red", "ill": "no"}] * 40,
     *[{"age": 7, "dose": 9.0, "hue": "blue", "ill": "yes"}] * 20,
     *[{"age": None, "dose": 50.0, "hue": "blue", "ill": "yes"}] * 10,
