@@ -1,6 +1,5 @@
 """Class moments of images: what a record adds is bounded, whatever it is."""
 
-import itertools
 import math
 
 import numpy as np
@@ -246,7 +245,7 @@ class TestRule:
     def test_refuses_what_does_not_fit(self) -> None:
         with pytest.raises(ConfigError, match=r"^statistics\.max_cells = 909: .* 910 cells; .*$"):
             shapes(DIGITS, 10, 1.0, image_coefficients=12, image_covariances="class", max_cells=909)
-        with pytest.raises(ConfigError, match="10 classes .* 1 coefficients have 21 cells"):
+        with pytest.raises(ConfigError, match=r"10 classes .* 1 coefficients have 21 cells"):
             shapes(DIGITS, 10, 1.0, max_cells=20)
 
     def test_of_colour_puts_grey_first(self) -> None:
