@@ -100,7 +100,7 @@ def accuracy(
     for _ in range(epochs):
         for rows in torch.randperm(len(x))[: batches * 128].view(batches, 128):
             optimiser.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
     with torch.no_grad():

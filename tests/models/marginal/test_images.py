@@ -77,9 +77,8 @@ class TestFit:
         rng = np.random.default_rng(0)
         y = (rng.random(6000) < 0.25).astype(np.int64)
         x = rng.normal(0.25, 0.03, (6000, *COLOUR.shape)) + 0.05 * y[:, None, None, None]
-        module = marginal.fit(
-            OPTIONS, COLOUR, released(Encoded(x.astype(np.float32), y), COLOUR, 0.0), gen()
-        )
+        found = released(Encoded(x.astype(np.float32), y), COLOUR, 0.0)
+        module = images.fit(OPTIONS, COLOUR, found, gen())
         assert module.shares.values.softmax(dim=0).tolist() == pytest.approx([0.75, 0.25], abs=0.02)
         cat, dog = module.means.values
         assert cat.abs().max() < 0.01
@@ -156,9 +155,7 @@ class TestRectified:
         variance = share * mean * (1 - mean)
         wanted = torch.tensor([mean, variance], dtype=torch.float64)
         middle, spread = images.rectified(wanted[:1], wanted[1:])
-        normal = torch.distributions.Normal(0.0, 1.0).icdf(
-            (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-        )
+        normal = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
         clipped = (middle + spread * normal).clamp(0, 1)
         assert clipped.mean().item() == pytest.approx(mean, abs=0.02)
         assert clipped.var().item() == pytest.approx(variance, abs=0.01)
