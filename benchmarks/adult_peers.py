@@ -60,34 +60,25 @@ class Found:
     fault: str = ""
 
 
-def folder() -> Path:
-    """Where the peers' environment is, or would be."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "fedveil-benchmarks" / SMARTNOISE.replace("==", "-")
-
-
-def installed() -> bool:
-    """Whether there is an environment from an earlier run."""
-    return (folder() / "ready").exists()
-
-
 def environment() -> Path | None:
     """The Python of an environment that has the peers and nothing of the project, if there is any.
 
     Without a network there is none, and one line says so.
     """
-    python = folder() / "bin" / "python"
-    if installed():
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "fedveil-benchmarks" / SMARTNOISE.replace("==", "-")
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if ready.exists():
         return python
-    make = [sys.executable, "-m", "venv", "--clear", str(folder())]
-    install = [str(python), "-m", "pip", "install", "--quiet", SMARTNOISE, *WITH]
+    make = [sys.executable, "-m", "venv", "--clear", str(folder)]
+    install = [str(python), "-I", "-m", "pip", "install", "--quiet", SMARTNOISE, *WITH]
     try:
         for command in (make, install):
             subprocess.run(command, check=True, stdout=sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"peers: left out, {SMARTNOISE} cannot be installed: {error}", file=sys.stderr)
         return None
-    (folder() / "ready").touch()
+    ready.touch()
     return python
 
 
@@ -101,7 +92,7 @@ def run(python: Path, order: Order, records: Encoded, schema: TableSchema, scrat
     ]
     np.savez(given, table=_table(records, schema, levels), levels=levels)
     numbers = [str(number) for number in (order.epsilon, order.delta, order.seed)]
-    command = [str(python), str(PEER), order.peer, *numbers, str(given), str(found)]
+    command = [str(python), "-I", str(PEER), order.peer, *numbers, str(given), str(found)]
     try:
         done = subprocess.run(
             command, check=False, timeout=order.limit, text=True, capture_output=True,

@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-import fedveil
 from adult_scores import as_encoded, auroc, read
-from fedveil.config import load_config
 from harness import Report, start
 from mnist import tstr
+
+import fedveil
+from fedveil.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -231,7 +231,7 @@ class MarginalOptions(Options):
         128, ge=1, le=4096, description="Tables: products of columns that are mixed."
     )
     steps: Count = Field(
-        600, description="Tables: steps of the fit, at the server; they cost no privacy."
+        400, description="Tables: steps of the fit, at the server; they cost no privacy."
     )
 
 

@@ -267,8 +267,8 @@ def _rough(pair: Fact) -> str:
 
 
 def _percents(share: Fact) -> tuple[str, str]:
-    """A share and its interval, to the digits that the interval leaves."""
-    digits = 1 if share["high"] - share["low"] > 0.002 else 2
+    """A share and its interval; small ones have a digit more."""
+    digits = 2 if share["high"] < 0.01 else 1
     value, low, high = (f"{100 * share[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} %", f"{low} to {high} %"
 

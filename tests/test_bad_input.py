@@ -120,6 +120,23 @@ def images(content: bytes | None, name: str = "data.npz", schema: str = IMAGES) 
     return files
 
 
+TEXT = 'modality = "text"\nlength = 16\n'
+
+
+def texts(content: bytes | None, name: str = "data.txt", schema: str = TEXT) -> Files:
+    """A run on texts from a file."""
+    model = CONFIG.replace('"vae"\nhidden = 4\nlatent = 2', '"marginal"').replace(
+        "rounds = 2\n", ""
+    )
+    files: Files = {"schema.toml": schema, "run.toml": model.replace("data.csv", name)}
+    if content is not None:
+        files[name] = content
+    return files
+
+
+PLAY = "To be, or not to be: that is the question. Whether 'tis nobler in the mind" * 4
+
+
 def spoilt(content: bytes) -> bytes:
     """The same with bytes in its midst turned round."""
     middle = len(content) // 3
@@ -370,6 +387,37 @@ CASES: dict[str, tuple[Files | None, str]] = {
     "lists in Parquet": (
         {**changed("data.csv", "data.parquet"), "data.parquet": parquet(LISTS)}, "data.parquet"
     ),
+    "no text": (texts(None), "data.txt: is no file"),
+    "an empty text": (texts(b""), "data: holds no records"),
+    "an empty jsonl": (texts(b"", "data.jsonl"), "data: holds no records"),
+    "a text of UTF-16": (texts(PLAY.encode("utf-16")), "save it as UTF-8"),
+    "a text of Latin-1": (texts(("\u00e9t\u00e9 " * 99).encode("latin-1")), "save it as UTF-8"),
+    "a text that is none": (texts(np.random.default_rng(1).bytes(999)), "save it as UTF-8"),
+    "a text of fewer records than sites": (texts(b"To be"), "more sites than records (1)"),
+    "a text of another ending": (texts(PLAY.encode(), "data.doc"), "must end in .txt or .jsonl"),
+    "a table for a text": (texts(TABLE.encode(), "data.csv"), "must end in .txt or .jsonl"),
+    "lines that are no JSON": (texts(PLAY.encode(), "data.jsonl"), "the schema's field"),
+    "lines without the text": (texts(b'{"txt": "a"}\n' * 9, "data.jsonl"), "the schema's field"),
+    "lines with a number": (texts(b'{"text": 3}\n' * 9, "data.jsonl"), "the schema's field"),
+    "lines that are lists": (texts(b'["text"]\n' * 9, "data.jsonl"), "the schema's field"),
+    "lines that are blank": (texts(b"\n" * 9, "data.jsonl"), "none of 9 records is usable"),
+    "lines of nothing": (texts(b'{"text": ""}\n' * 9, "data.jsonl"), "none of 9 records"),
+    "a length out of range": (
+        texts(PLAY.encode(), schema=TEXT.replace("16", "3")), "length = 3: must be >= 4"
+    ),
+    "a length too great": (
+        texts(PLAY.encode(), schema=TEXT.replace("16", "9999")), "length = 9999: must be <= 4096"
+    ),
+    "a draft of texts": (
+        texts(PLAY.encode(), schema=TEXT + 'unconfirmed = ["length"]\n'), "was read off the data"
+    ),
+    "plain text of persons": (
+        texts(PLAY.encode(), schema=TEXT + 'person = "who"\n'), "does not say whose it is"
+    ),
+    "texts by a family that makes none": (
+        {**texts(PLAY.encode()), "run.toml": CONFIG.replace("data.csv", "data.txt")},
+        'model.family = "vae": makes no texts; use "marginal"',
+    ),
     "no images": (images(None), "data.npz"),
     "empty images": (images(b""), "data.npz"),
     "garbage for images": (images(b"garbage"), "data.npz"),
@@ -466,6 +514,15 @@ class TestSimulate:
         total = {key: sum(report[key] for report in reports) for key in ("blank", "kept")}
         assert total == found
         assert sum(report["records"] for report in reports) == 21
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("data.txt", PLAY.encode()), ("data.jsonl", b'{"text": "To be"}\nnope\n\n{"text": "or"}')],
+    )
+    def test_the_good_texts(self, call: Call, tmp_path: Path, name: str, content: bytes) -> None:
+        lay(tmp_path, texts(content, name))
+        code, _, err = call("simulate", "run.toml", "--dry-run")
+        assert (code, err) == (0, "")
 
     @pytest.mark.parametrize("case", CASES)
     def test_bad(self, call: Call, tmp_path: Path, case: str) -> None:

@@ -49,7 +49,7 @@ def test_what_was_read_off_a_table_is_refused(call: Call, tmp_path: Path) -> Non
 
 def test_nothing_is_read_off_a_text(call: Call, tmp_path: Path) -> None:
     """No alphabet, no vocabulary, no length: two texts have one draft."""
-    drafts = []
+    drafts: list[str] = []
     for text in ("To be or not to be.\n" * 30, "Жил-был серенький козлик\n"):
         (tmp_path / "text.txt").write_text(text, encoding="utf-8")
         drafted = call("data", "schema", "text.txt", "-o", f"draft{len(drafts)}.toml")

@@ -27,12 +27,10 @@ from ..layers import Table
 
 _LEAST_SPREAD = 0.02
 """Of a coefficient in samples: what a module's factors are counted from."""
-_BLUR = 0.2
+_BLUR = 0.25
 """Of a coefficient in scores: no record is farther off than the Gaussian is narrow."""
 _LEAST_SHARE = 0.01
 """Of an even share: that of a class that the noise hides."""
-_SILENT = 2.0
-"""A pixel's mean is black or white within so many standard deviations of its noise."""
 _WIDEST = 3.0
 """Of a pixel's Gaussian before clipping, in ranges of a pixel."""
 _STEPS = 40
@@ -175,7 +173,7 @@ def sample(
     # One draw for all: what an image is does not depend on which others are asked for.
     draws = torch.randn(n, gaussians.size, generator=generator)
     x = torch.zeros(n, *gaussians.schema.shape)
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         rows = labels == label
         factor, mean = gaussians.factor(label), gaussians.means.values[label]
         shift, gain = _pixels(gaussians, mean, factor)
@@ -187,7 +185,7 @@ def _pixels(gaussians: ImageGaussians, mean: Tensor, factor: Tensor) -> tuple[Te
     """Where each pixel's Gaussian is moved to and how much it is widened, [C, H, W] each."""
     middle = (_pictures(gaussians, mean[None])[0] + CENTRE).double()
     variance = torch.zeros_like(middle)
-    for columns in factor.T.split(16):
+    for columns in torch.split(factor.T, 16):
         variance += _pictures(gaussians, columns).double().square().sum(dim=0)
     shift, spread = rectified(middle, variance)
     gain = spread / variance.clamp(min=1e-12).sqrt()
@@ -243,7 +241,7 @@ def scores(module: nn.Module, batch: Batch) -> Tensor:
     z = _coefficients(gaussians, batch.x)
     shares = gaussians.shares.values.detach().log_softmax(dim=0)
     total = z.new_zeros(len(z))
-    for label in batch.y.unique().tolist():
+    for label in torch.unique(batch.y).tolist():
         rows = (batch.y == label).nonzero()[:, 0]
         density = _density(gaussians, label, z[rows]) + shares[label]
         total = total.index_put((rows,), density)
@@ -257,7 +255,8 @@ def _density(gaussians: ImageGaussians, label: int, z: Tensor) -> Tensor:
     off = z - gaussians.means.values[label].detach()
     white = torch.linalg.solve_triangular(lower, off.T, upper=False)
     logarithm = lower.diagonal().log().sum() + gaussians.size / 2 * math.log(2 * math.pi)
-    return -0.5 * white.square().sum(dim=0) - logarithm
+    density: Tensor = -0.5 * white.square().sum(dim=0) - logarithm
+    return density
 
 
 def _coefficients(gaussians: ImageGaussians, x: Tensor) -> Tensor:

@@ -206,7 +206,13 @@ class TestClean:
         with pytest.raises(DataError, match="not UTF-8"):
             refuse_unusable(report)
 
-    @given(st.lists(st.binary(max_size=12), max_size=6), st.integers(0, 5))
+    @given(
+        st.lists(
+            st.one_of(st.binary(max_size=12), st.text("a\r\x1b\u00e9\ufeff").map(str.encode)),
+            max_size=6,
+        ),
+        st.integers(0, 5),
+    )
     def test_is_record_by_record_and_done_once(self, contents: list[bytes], place: int) -> None:
         found, _ = cleaned(*contents)
         assert found == [one for content in contents for one in cleaned(content)[0]]

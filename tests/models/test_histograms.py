@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedveil.data_prep.schema import parse_schema
+from fedveil.data_prep.schema import TextSchema, parse_schema
+from fedveil.data_prep.texts import Texts, encode
 from fedveil.models import Batch, histograms
 from fedveil.models.histograms import Cells
 
@@ -39,6 +40,36 @@ def test_images_without_classes_have_none() -> None:
     none = Batch(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))
     assert histograms.one_way(none, IMAGES).shape == (0,)
     assert histograms.parted(np.zeros(0), IMAGES) == []
+
+
+TEXTS = TextSchema(length=4)
+
+
+def texts(*contents: str) -> Batch:
+    found = encode(Texts(tuple(c.encode() for c in contents), ("",) * len(contents)), TEXTS)
+    return Batch(torch.from_numpy(found.x), torch.from_numpy(found.y))
+
+
+def test_a_text_is_spread_over_the_classes_of_its_bytes() -> None:
+    (cells,) = histograms.described(TEXTS)
+    assert cells.column == "characters"
+    found = histograms.one_way(texts("aAb", "b\u00e9"), TEXTS)
+    shares = {name: share for name, share in zip(cells.names, found, strict=True) if share}
+    # An e with an accent is two bytes of two classes.
+    assert shares["a"] == pytest.approx(2 / 3)
+    assert shares["b"] == pytest.approx(1 / 3 + 1 / 3)
+    assert found.sum() == pytest.approx(2)
+    assert histograms.parted(found, TEXTS)[0].tolist() == found.tolist()
+
+
+def test_a_text_counts_by_its_weight_and_by_no_more_than_once() -> None:
+    weights = np.array([0.5, 0.25])
+    found = histograms.one_way(texts("aaaa", "b"), TEXTS, weights)
+    assert found[:2].tolist() == [0.5, 0.25]
+    assert histograms.characters(texts("aaaa", "b"), TEXTS).tolist() == [1.25]
+    assert histograms.characters(texts("aaaa", "b"), TEXTS, weights).tolist() == [0.5625]
+    empty = Batch(torch.ones(1, 4), torch.zeros(1, dtype=torch.int64))
+    assert not histograms.one_way(empty, TEXTS).any()
 
 
 def test_what_is_joined_can_be_parted() -> None:

@@ -1118,3 +1118,61 @@ class TestWeights:
         records = rows(ONE, height=[0.1, 0.2])
         with pytest.raises(ValueError, match="2 numbers from 0 to 1"):
             loss_answers(planted(0.0), nn.Identity(), records, torch.tensor(weights))
+
+
+class TestTexts:
+    """Of texts there are the bytes they have and what each of them costs."""
+
+    SCHEMA = TextSchema(length=8)
+
+    def exam(self) -> Exam:
+        return with_histograms(blank(self.SCHEMA), {"one_way": np.ones(47)})
+
+    def records(self, *lengths: int) -> Batch:
+        """Texts of so many bytes; the place of each is its y, for `planted`."""
+        x = np.full((len(lengths), 8), 1.0, dtype=np.float32)
+        for row, length in enumerate(lengths):
+            x[row, :length] = 97 / 256
+        return Batch(torch.from_numpy(x), torch.arange(len(lengths)))
+
+    def test_have_no_pairs_and_no_classifiers(self) -> None:
+        assert blocks(self.SCHEMA) == {
+            "count": (1,), "loss": (1,), "one_way": (47,), "characters": (1,),
+        }  # fmt: skip
+
+    def test_bits_a_character_are_by_hand(self) -> None:
+        records = self.records(8, 2)
+        exam = self.exam()
+        sums = answers(planted(-2.0, -1.0), nn.Identity(), exam, records, self.SCHEMA)
+        assert sums["characters"].tolist() == [1.25]
+        found = figures(sums, exam, self.SCHEMA, BOUNDS)
+        # 3 nats for 10 characters.
+        assert found["bits_per_character"] == pytest.approx(3 / 10 / math.log(2))
+        assert found["loss"] == pytest.approx(1.5)
+
+    def test_each_person_counts_once(self) -> None:
+        records, exam = self.records(8, 2, 2), self.exam()
+        weights = torch.tensor([1.0, 0.5, 0.5])
+        sums = answers(planted(-2.0, -1.0, 0.0), nn.Identity(), exam, records, self.SCHEMA, weights)
+        assert sums["characters"].tolist() == [1.25]
+        found = figures(sums, exam, self.SCHEMA, BOUNDS)
+        assert found["bits_per_character"] == pytest.approx(2.5 / 10 / math.log(2))
+
+    @pytest.mark.parametrize("noised", [-50.0, 0.0, 1e-9])
+    def test_are_finite_whatever_noise_makes_of_them(self, noised: float) -> None:
+        exam = self.exam()
+        sums = answers(planted(-2.0), nn.Identity(), exam, self.records(8), self.SCHEMA)
+        sums["characters"] = np.array([noised])
+        found = figures(sums, exam, self.SCHEMA, BOUNDS)
+        assert 0 <= found["bits_per_character"] < math.inf
+
+    def test_their_floor_is_that_of_as_many_bytes(self) -> None:
+        exam = self.exam()
+        long, short = (
+            {"count": np.array([500.0]), "characters": np.array([share]), "one_way": np.ones(47)}
+            for share in (500.0, 62.5)
+        )
+        scales = dict.fromkeys(long, 0.0)
+        low = floors(long, scales, exam, self.SCHEMA)["one_way_tv"]
+        high = floors(short, scales, exam, self.SCHEMA)["one_way_tv"]
+        assert high == pytest.approx(low * math.sqrt(8), rel=0.1)

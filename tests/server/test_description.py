@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ SCHEMA = parse_schema(
     },
     "here",
 )  # fmt: skip
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     *[{"age": 3, "dose": 0.0, "hue": "red", "ill": "no"}] * 40,
     *[{"age": 7, "dose": 9.0, "hue": "blue", "ill": "yes"}] * 20,
     *[{"age": None, "dose": 50.0, "hue": "blue", "ill": "yes"}] * 10,
@@ -37,10 +38,10 @@ ROWS = [
 ]
 
 
-def encoded(rows: list[dict[str, Any]], schema: Schema = SCHEMA) -> Encoded:
+def encoded(rows: Sequence[Mapping[str, object]], schema: Schema = SCHEMA) -> Encoded:
     """Of rows that are clean."""
     types = {"age": pl.Int64, "dose": pl.Float64, "hue": pl.String, "ill": pl.String}
-    return tabular.encode(pl.DataFrame(rows, schema=types), schema)
+    return tabular.encode(pl.DataFrame([*rows], schema=types), schema)
 
 
 def asked(units: float = 100.0, noise_multiplier: float = 0.0) -> Workload:
@@ -48,7 +49,7 @@ def asked(units: float = 100.0, noise_multiplier: float = 0.0) -> Workload:
     return queries.workload(SCHEMA, Statistics(), units, noise_multiplier)
 
 
-def released(rows: list[dict[str, Any]], z: float = 0.0, seed: int = 0) -> Noisy:
+def released(rows: Sequence[Mapping[str, object]], z: float = 0.0, seed: int = 0) -> Noisy:
     """One round."""
     workload = asked(float(len(rows)), z)
     exact = queries.answers(workload, encoded(rows), SCHEMA)
@@ -228,7 +229,7 @@ class TestOtherKinds:
         sixth = round(1 / 6, 6)
         assert found == {
             "small letters": round(1 / 3, 6), "capital letters": sixth, "digits": sixth,
-            "blanks": sixth, "punctuation and signs": sixth, "control characters": 0.0,
+            "blanks": sixth, "marks and signs": sixth, "control characters": 0.0,
             "bytes beyond ASCII": 0.0,
         }  # fmt: skip
 
@@ -241,6 +242,28 @@ class TestOtherKinds:
         part = 10 / 256
         spread = math.sqrt(10 * 100 * (1 - part) ** 2 + 246 * 100 * part**2) / 256e4
         assert digits["high"] - digits["low"] == pytest.approx(2 * 1.96 * spread, rel=0.01)
+
+    def test_images_have_a_total_and_classes(self) -> None:
+        """Of 60 and 40 with noise 3 each: the total's is 3 sqrt(2), 1.96 times each way."""
+        workload = Workload((Query("count", (2,)),))
+        raw = {"modality": "image", "height": 8, "width": 8}
+        told = Noisy(workload, {"count": np.array([60.0, 40.0])}, {"count": 3.0}, 90.0)
+        facts = describe(told, parse_schema(raw | {"classes": ["cat", "dog"]}, "here"))
+        assert facts["total"] == {"value": 100.0, "low": 91.7, "high": 108.3, "told": ""}
+        (label,) = facts["columns"]
+        assert (label["name"], label["label"]) == ("label", True)
+        assert [(x["name"], x["value"], x["told"]) for x in label["levels"]] == [
+            ("cat", 0.6, ""), ("dog", 0.4, ""),
+        ]  # fmt: skip
+        cat = label["levels"][0]
+        # Sd of 60 of 100: 3 sqrt(0.4^2 + 0.6^2) / 100.
+        width = 2 * 1.96 * 3 * math.sqrt(0.52) / 100
+        assert cat["high"] - cat["low"] == pytest.approx(width, rel=0.02)
+
+    def test_images_without_classes_have_a_total(self) -> None:
+        schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
+        told = Noisy(Workload(()), {"count": np.array([60.0])}, {"count": 3.0}, 90.0)
+        assert set(describe(told, schema)) == {"modality", "units", "interval", "total"}
 
     def test_what_is_not_asked_is_absent(self) -> None:
         schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")

@@ -358,7 +358,7 @@ class TestTheFederation:
         text = page(sources(statistics=federation())).text
         assert "2 of 3 columns may be missing" in text
         assert "age 10.0 % 5.0 to 15.0 %" in text
-        assert f"hue {BELOW} 0.1 % 0.0 to 0.4 %" in text
+        assert f"hue {BELOW} 0.10 % 0.00 to 0.40 %" in text
         assert text.index("age 10.0 %") < text.index(f"hue {BELOW}")
 
     def test_ranges_in_the_columns_own_units(self) -> None:
@@ -486,7 +486,8 @@ def evil_statistics() -> dict[str, Any]:
             return [made(value) for value in found]
         return f"{EVIL}{found}" if isinstance(found, str) and found else found
 
-    return made(federation())
+    found: dict[str, Any] = made(federation())
+    return found
 
 
 class TestTheFile:
