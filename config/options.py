@@ -228,7 +228,7 @@ class MarginalOptions(Options):
 
     family: Literal["marginal"] = Field(description="The kind of generator.")
     components: int = Field(
-        128, ge=1, le=4096, description="Tables: products of columns that are mixed."
+        256, ge=1, le=4096, description="Tables: products of columns that are mixed."
     )
     steps: Count = Field(
         400, description="Tables: steps of the fit, at the server; they cost no privacy."

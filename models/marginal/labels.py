@@ -24,7 +24,9 @@ from ...data_prep.schema import TableSchema
 
 _RIDGE = 0.04
 """By the noise alone it would be 1, and a rare cell would say nothing; measured on Adult."""
-_STEPS = 150
+_LEAST_RIDGE = 1.0
+"""A record's worth: holds effects down that would grow for ever where there is no noise."""
+_STEPS = 300
 _UNKNOWN = 1e9
 """Variance of what was not asked."""
 
@@ -56,7 +58,7 @@ def fit_effects(
         (np.ones(n * each), at.numpy().ravel(), np.arange(n + 1) * each), shape=(n, len(shares))
     )
     effects = _ridge_regression(
-        rows, guess.double().numpy(), shares, _RIDGE * variance, weight=total / n
+        rows, guess.double().numpy(), shares, _RIDGE * variance + _LEAST_RIDGE, weight=total / n
     )
     return torch.from_numpy(effects).float()
 

@@ -14,7 +14,6 @@ cells correct the mixture's guess of the label until these tables are met (`labe
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,13 +22,24 @@ from torch import Tensor, nn
 from ...config import MarginalOptions
 from ...data_prep.modality import Encoded
 from ...data_prep.queries import Noisy
-from ...data_prep.queries.cells import Cells, cells, codes
+from ...data_prep.queries.cells import Cells, codes
 from ...data_prep.queries.tables import fine_histogram, table_of, tables
 from ...data_prep.schema import Block, Schema, TableSchema
 from ...data_prep.tabular import whole
 from ..family import Batch
-from ..layers import Table
 from .labels import fit_effects
+from .mixture import (
+    BELIEF,
+    Features,
+    Mixture,
+    draw,
+    effects_at,
+    features,
+    log_joint,
+    log_labels,
+    log_odds,
+    place_count,
+)
 
 _RATE = 0.15
 _SPREAD = 1.0
@@ -38,67 +48,10 @@ _PULL = 0.3
 """Weight of what holds the logits there: it smooths what the noise would fill with detail."""
 _LEAST = 1e-6
 """Least share of a cell, for what is counted as less."""
-_BELIEF = 0.5
-"""What the mixture's log-odds of the label count for; the effects make up for the rest."""
-_FARTHEST = 8.0
-"""Log-odds of the mixture count for so much at most."""
 _DRAWN = 30_000
 """Records that the effects are fitted on."""
 _POOL = 4
 """Candidates for each record of a given label."""
-
-
-class Mixture(nn.Module):
-    """A mixture of products over the cells of a table's columns, and effects on the label.
-
-    Attributes:
-        options: The run's.
-        schema: What a record is.
-        columns: The cells of each column, the label's last.
-        spans: Where each column stands among the levels.
-        place_spans: Where each number stands among the places.
-        weights: [components] logits.
-        levels: [components, all cells] logits of each column's cells, one column after another.
-        places: [all finer cells] logits of numbers' finer cells, read within a cell; of several
-            numbers one after another.
-        effects: [all cells and all finer cells and 1, classes] what adds to the label's log-odds:
-            by the features' cells, by their finer cells, and always.
-    """
-
-    def __init__(self, options: MarginalOptions, schema: TableSchema) -> None:
-        super().__init__()
-        self.options = options
-        self.schema = schema
-        self.columns = cells(schema)
-        self.spans = _spans([len(column.names) for column in self.columns])
-        self.place_spans = _spans([_places(column) for column in self.columns])
-        self.weights = Table(options.components)
-        self.levels = Table(options.components, self.spans[-1].stop)
-        self.places = Table(max(1, self.place_spans[-1].stop))
-        effects = self.spans[-1].stop + self.place_spans[-1].stop + 1
-        self.effects = Table(effects, max(1, len(schema.classes)))
-
-    def log_levels(self) -> list[Tensor]:
-        """For each column, [components, cells] log-probabilities."""
-        return [self.levels.values[:, span].log_softmax(1) for span in self.spans]
-
-    def log_places(self, place: int) -> Tensor:
-        """[finer cells] log-probabilities of a number's finer cells within their cells."""
-        logits = self.places.values[self.place_spans[place]]
-        column = self.columns[place]
-        parts = torch.from_numpy(column.parts[: _places(column)])
-        within = torch.arange(len(column.edges) - 1)[:, None] == parts
-        sums = torch.where(within, logits, -torch.inf).logsumexp(1)
-        return logits - sums[parts]
-
-
-def _places(column: Cells) -> int:
-    return max(0, len(column.fine) - 1)
-
-
-def _spans(sizes: Sequence[int]) -> list[slice]:
-    stops = np.cumsum([0, *sizes])
-    return [slice(int(a), int(b)) for a, b in pairwise(stops)]
 
 
 def build(options: MarginalOptions, schema: Schema) -> Mixture:
@@ -171,7 +124,7 @@ def _targets(mixture: Mixture, statistics: Noisy, total: float) -> list[_Target]
         *first, last = (places[name] for name in query.columns)
         shares = torch.from_numpy(statistics.values[query.name] / total).float()
         noise = max(statistics.noise[query.name] / total, 1e-6)
-        groups.setdefault(tuple(first), []).append((last, shares.flatten(0, -2), 1 / noise))
+        groups.setdefault(tuple(first), []).append((last, shares, 1 / noise))
     return [
         _Target(
             first,
@@ -217,63 +170,11 @@ def _place(mixture: Mixture, statistics: Noisy) -> None:
 def _correct(mixture: Mixture, statistics: Noisy, total: float, generator: torch.Generator) -> None:
     """Effects by which the label's tables with single columns are met, on drawn records."""
     with torch.no_grad():
-        found = _features(mixture, _DRAWN, generator, None)
-        guess = _BELIEF * _log_odds(mixture, found)
-        at = _effects_at(mixture, found)
+        found = features(mixture, _DRAWN, generator, None)
+        guess = BELIEF * log_odds(mixture, found)
+        at = effects_at(mixture, found)
         effects = fit_effects(mixture.columns, statistics, mixture.schema, total, at, guess)
         mixture.effects.values.copy_(effects)
-
-
-@dataclass(frozen=True)
-class _Features:
-    """Where records stand, their labels aside.
-
-    Attributes:
-        cells: For each feature, [n] its cell.
-        fine: For each feature, [n] its finer cell; of a category, 0.
-    """
-
-    cells: list[Tensor]
-    fine: list[Tensor]
-
-
-def _effects_at(mixture: Mixture, found: _Features) -> Tensor:
-    """[n, E] which effects each record has; the last one of all is everyone's."""
-    whole_length = mixture.effects.values.shape[0]
-    at = []
-    for place, column in enumerate(mixture.columns[: len(found.cells)]):
-        at.append(mixture.spans[place].start + found.cells[place])
-        if column.number:
-            start = mixture.spans[-1].stop + mixture.place_spans[place].start
-            missing = found.fine[place] >= _places(column)
-            fine = start + found.fine[place]
-            at.append(torch.where(missing, at[-1], fine))  # twice: a missing number has no place
-    at.append(torch.full_like(at[-1], whole_length - 1))
-    return torch.stack(at, dim=1)
-
-
-def _log_joint(mixture: Mixture, found: _Features) -> Tensor:
-    """[n, classes] the mixture's log-probabilities of features' cells with each class."""
-    tables = mixture.log_levels()
-    total = mixture.weights.values.log_softmax(0)[None]
-    for table, cell in zip(tables, found.cells, strict=False):
-        total = total + table.T[cell]
-    if not mixture.schema.classes:
-        return total.logsumexp(1, keepdim=True)
-    return torch.stack([(total + row).logsumexp(1) for row in tables[-1].T], dim=1)
-
-
-def _log_odds(mixture: Mixture, found: _Features) -> Tensor:
-    """[n, classes] the mixture's log-probabilities of the classes, around their mean."""
-    joint = _log_joint(mixture, found)
-    return (joint - joint.mean(1, keepdim=True)).clamp(-_FARTHEST, _FARTHEST)
-
-
-def _log_labels(mixture: Mixture, found: _Features) -> Tensor:
-    """[n, classes] log-probabilities of a record's label."""
-    effects = mixture.effects.values
-    added = nn.functional.embedding_bag(_effects_at(mixture, found), effects, mode="sum")
-    return (_BELIEF * _log_odds(mixture, found) + added).log_softmax(1)
 
 
 @torch.no_grad()
@@ -281,22 +182,22 @@ def scores(module: nn.Module, batch: Batch) -> Tensor:
     """[B] log-likelihoods: of cells, of numbers' density within them, of the label given both."""
     mixture = _mixture(module)
     pairs = codes(Encoded(batch.x.numpy(), batch.y.numpy()), mixture.schema)
-    features = pairs[: len(mixture.schema.blocks)]
-    found = _Features(
-        [torch.from_numpy(coarse) for coarse, _ in features],
-        [torch.from_numpy(fine) for _, fine in features],
+    pairs_of_features = pairs[: len(mixture.schema.blocks)]
+    found = Features(
+        [torch.from_numpy(coarse) for coarse, _ in pairs_of_features],
+        [torch.from_numpy(fine) for _, fine in pairs_of_features],
     )
-    total = _log_joint(mixture, found).logsumexp(1)
+    total = log_joint(mixture, found).logsumexp(1)
     for place, column in enumerate(mixture.columns):
         if column.number:
             widths = torch.tensor(np.diff(column.fine), dtype=total.dtype).log()
             density = mixture.log_places(place) - widths
             fine = found.fine[place]
-            last = _places(column) - 1
+            last = place_count(column) - 1
             total = total + torch.where(fine <= last, density[fine.clamp(max=last)], 0.0)
     if mixture.schema.classes:
         label = torch.from_numpy(pairs[-1][0])
-        total = total + _log_labels(mixture, found).gather(1, label[:, None])[:, 0]
+        total = total + log_labels(mixture, found).gather(1, label[:, None])[:, 0]
     return total
 
 
@@ -304,7 +205,7 @@ def score_bounds(module: nn.Module) -> tuple[float, float]:
     """Twice the score of an even guess, and all numbers in one finer cell each."""
     mixture = _mixture(module)
     low = -2.0 * sum(math.log(len(column.names)) for column in mixture.columns) - 1.0
-    high = sum(math.log(_places(column)) for column in mixture.columns if column.number)
+    high = sum(math.log(place_count(column)) for column in mixture.columns if column.number)
     return low, high
 
 
@@ -318,52 +219,26 @@ def sample(
     """
     mixture = _mixture(module)
     if not mixture.schema.classes:
-        found = _features(mixture, n, generator, None)
+        found = features(mixture, n, generator, None)
         return Batch(_encoded(mixture, found, generator), torch.zeros(n, dtype=torch.int64))
     if labels is None:
-        found = _features(mixture, n, generator, None)
-        chances = _log_labels(mixture, found).double().exp()
+        found = features(mixture, n, generator, None)
+        chances = log_labels(mixture, found).double().exp()
         drawn = torch.rand(n, 1, generator=generator, dtype=torch.float64)
         y = (chances.cumsum(1) < drawn).sum(1).clamp(max=chances.shape[1] - 1)
         return Batch(_encoded(mixture, found, generator), y)
-    pool = _features(mixture, _POOL * n, generator, labels.repeat(_POOL))
+    pool = features(mixture, _POOL * n, generator, labels.repeat(_POOL))
     wanted = labels.repeat(_POOL)
-    ratio = _log_labels(mixture, pool) - _log_joint(mixture, pool).log_softmax(1)
+    ratio = log_labels(mixture, pool) - log_joint(mixture, pool).log_softmax(1)
     chance = ratio.gather(1, wanted[:, None])[:, 0].double().exp()
     classes = len(mixture.schema.classes)
     by_class = chance * (wanted == torch.arange(classes)[:, None]) + 1e-300
-    kept = _draw(by_class / by_class.sum(1, keepdim=True), labels, generator)
-    found = _Features([cell[kept] for cell in pool.cells], [fine[kept] for fine in pool.fine])
+    kept = draw(by_class / by_class.sum(1, keepdim=True), labels, generator)
+    found = Features([cell[kept] for cell in pool.cells], [fine[kept] for fine in pool.fine])
     return Batch(_encoded(mixture, found, generator), labels)
 
 
-def _features(
-    mixture: Mixture, n: int, generator: torch.Generator, labels: Tensor | None
-) -> _Features:
-    """Where n records stand, drawn; by the mixture's column of the label where it is given."""
-    tables = [table.exp().double() for table in mixture.log_levels()]
-    weights = mixture.weights.values.double().softmax(0)
-    if labels is None:
-        which = _draw(weights[None], torch.zeros(n, dtype=torch.int64), generator)
-    else:
-        by_class = (weights[:, None] * tables[-1]).T
-        which = _draw(by_class / by_class.sum(1, keepdim=True), labels, generator)
-    drawn, fine = [], []
-    for place, column in enumerate(mixture.columns[: len(mixture.schema.blocks)]):
-        drawn.append(_draw(tables[place], which, generator))
-        fine.append(torch.zeros_like(which))
-        if column.number:
-            count = len(column.edges) - 1
-            inside = torch.from_numpy(column.parts[: _places(column)])
-            shares = mixture.log_places(place).double().exp()
-            within = shares * (inside == torch.arange(count)[:, None])
-            cell = drawn[-1].clamp(max=count - 1)
-            fine[-1] = _draw(within, cell, generator)
-            fine[-1][drawn[-1] == count] = _places(column)
-    return _Features(drawn, fine)
-
-
-def _encoded(mixture: Mixture, found: _Features, generator: torch.Generator) -> Tensor:
+def _encoded(mixture: Mixture, found: Features, generator: torch.Generator) -> Tensor:
     """[n, width] records: numbers are drawn within their finer cells."""
     n = len(found.cells[0])
     x = torch.zeros(n, mixture.schema.width)
@@ -372,7 +247,7 @@ def _encoded(mixture: Mixture, found: _Features, generator: torch.Generator) -> 
             x[torch.arange(n), block.start + found.cells[place]] = 1.0
             continue
         column = mixture.columns[place]
-        present = found.fine[place] < _places(column)
+        present = found.fine[place] < place_count(column)
         number = _number(block, column, found.fine[place], generator)
         x[:, block.start] = torch.where(present, number, 0.0)
         if block.column.nullable:
@@ -383,41 +258,12 @@ def _encoded(mixture: Mixture, found: _Features, generator: torch.Generator) -> 
 def _number(block: Block, column: Cells, fine: Tensor, generator: torch.Generator) -> Tensor:
     """[n] float32 evenly within finer cells; a whole number's, at whole numbers."""
     ends = torch.tensor(column.fine, dtype=torch.float64)
-    fine = fine.clamp(max=_places(column) - 1)
+    fine = fine.clamp(max=place_count(column) - 1)
     where = torch.rand(len(fine), generator=generator, dtype=torch.float64)
     number = ends[fine] + where * (ends[fine + 1] - ends[fine])
     if block.column.kind == "integer":
         number = torch.from_numpy(whole(block.column, number.numpy()))
     return number.float()
-
-
-def _draw(shares: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a place from row `rows[i]` of shares, for each i: [n] int64.
-
-    The records of one row get evenly spaced quantiles, in random order, from one random start: each
-    record's draw has the row's shares, and the counts of all stray from them by less than one.
-
-    Args:
-        shares: [rows, places], each row adding up to 1.
-        rows: [n].
-        generator: Where it is drawn from.
-    """
-    n = len(rows)
-    mixed = torch.randperm(n, generator=generator)
-    order = mixed[torch.argsort(rows[mixed], stable=True)]
-    counts = torch.bincount(rows, minlength=len(shares))
-    start = torch.rand(len(shares), generator=generator, dtype=torch.float64)
-    ordered = rows[order]
-    rank = torch.arange(n) - (counts.cumsum(0) - counts)[ordered]
-    quantile = (rank + start[ordered]) / counts[ordered]
-    # One long rising line, row after row, is searched at once.
-    sums = (shares.cumsum(1) / shares.sum(1, keepdim=True)).clamp(max=1.0)
-    line = sums + torch.arange(len(shares))[:, None]
-    found = torch.searchsorted(line.flatten(), ordered + quantile, right=True)
-    found = (found - ordered * shares.shape[1]).clamp(0, shares.shape[1] - 1)
-    drawn = torch.empty_like(found)
-    drawn[order] = found
-    return drawn
 
 
 def _mixture(module: nn.Module) -> Mixture:
