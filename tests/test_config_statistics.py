@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedveil.config import ConfigError, MarginalOptions, RunConfig, validated
+from fedveil.config import ConfigError, RunConfig, validated
 
 MODALITIES = ("table", "image", "text")
 
@@ -201,7 +201,3 @@ class TestInForce:
         assert config(data=parts, privacy=SITE).trained == pytest.approx(700)
         persons = {"unit": "person"}
         assert config(data={**parts, "persons": 50}, privacy=persons).trained == pytest.approx(35)
-
-
-def test_marginal_has_no_options_of_its_own() -> None:
-    assert set(MarginalOptions.model_fields) == {"family"}

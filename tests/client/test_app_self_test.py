@@ -151,7 +151,7 @@ class TestConformance:
         understood = understand(task.config, task.schema)
         client_module._check_conformance(understood)
         real = choose_grid
-        monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, h: real(z, c, min(d, 9999), h))
+        monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, *h: real(z, c, min(d, 9999), *h))
         client_module._check_conformance(replace(understood, parameters=9999))
         with pytest.raises(ConformanceError, match="noise on the grid"):
             client_module._check_conformance(replace(understood, parameters=500_000))

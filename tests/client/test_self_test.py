@@ -106,7 +106,7 @@ class TestGrid:
 
     def test_by_the_grid_s_own_count(self, case: MakeCase, monkeypatch: Patch) -> None:
         one, real = case("distributed"), choose_grid
-        monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, h: real(z, c, d, h + 1))
+        monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, h, *m: real(z, c, d, h + 1, *m))
         with pytest.raises(ConformanceError, match="noise on the grid"):
             one.tested()
 
@@ -114,7 +114,7 @@ class TestGrid:
         self, case: MakeCase, monkeypatch: Patch
     ) -> None:
         one, real = case("distributed"), choose_grid
-        monkeypatch.setattr(vector, "choose_grid", lambda z, c, _d, h: real(z, c, 1, h))
+        monkeypatch.setattr(vector, "choose_grid", lambda z, c, _d, *h: real(z, c, 1, *h))
         with pytest.raises(ConformanceError, match="noise on the grid"):
             one.tested()
 
@@ -122,7 +122,9 @@ class TestGrid:
         self, case: MakeCase, monkeypatch: Patch
     ) -> None:
         one, real = case("distributed"), choose_grid
-        monkeypatch.setattr(vector, "choose_grid", lambda z, c, d, h: real(z, c, min(d, 10_000), h))
+        monkeypatch.setattr(
+            vector, "choose_grid", lambda z, c, d, *h: real(z, c, min(d, 10_000), *h)
+        )
         assert one.tested().outcome == "consistent"  # its own vectors are shorter
         with pytest.raises(ConformanceError, match="noise on the grid"):
             one.tested(parameters=1_000_000)
