@@ -16,6 +16,7 @@ from .run import Run
 from .server.store import RunFolder
 
 if TYPE_CHECKING:
+    from .privacy.plan import Plan
     from .server.rounds import Observer
 
 __all__ = ["Run", "default_folder", "load", "resolve", "simulate"]
@@ -46,7 +47,6 @@ def simulate(
         ConfigError: The configuration, the data or the folder is unusable. Nothing has run.
         FedveilError: The run failed; its folder says why.
     """
-    from .privacy.plan import plan
     from .server.app import ignore
     from .server.simulation import check as check_engine
     from .server.simulation import run as run_engine
@@ -60,7 +60,7 @@ def simulate(
     if not (resume and run.finished):
         # What cannot be used is refused before anything is written.
         shards = load_shards(resolved, schema)
-        plan(resolved)
+        price(resolved, schema)
         check_engine(resolved)
     with folder.locked(resume=resume):
         if resume:
@@ -136,6 +136,21 @@ def resolve(
     check_unit(config, schema)
     check_modality(config.model.family, schema)
     return config.resolved(schema.modality), schema
+
+
+def price(config: RunConfig, schema: Schema) -> "Plan":
+    """What a run will cost, once all of it can be had.
+
+    Raises:
+        ConfigError: The budget cannot be reached, or its statistics cannot be asked.
+    """
+    from .data_prep.queries import run_workload
+    from .privacy.plan import plan
+
+    priced = plan(config)
+    if priced.statistics:
+        run_workload(config, schema, priced.statistics_noise)
+    return priced
 
 
 def load(path: Path | str) -> "Run":

@@ -17,6 +17,9 @@ END = "<!-- end of what `make reference` makes -->"
 
 _HEAD = ("| option | values | default | what it is |", "| --- | --- | --- | --- |")
 
+_FAMILY = "vae"
+"""Of the template."""
+
 _COMPATIBILITY_COLUMNS = (
     "`privacy.mechanism`",
     "protects against",
@@ -51,13 +54,13 @@ def template() -> str:
     """A commented configuration to start from: every option with its default."""
     lines = ["# A Fedveil run. Every line that starts with # shows an option's default."]
     section = ""
-    for owner, name, field in _options(RunConfig):
+    for owner, name, field in _options(RunConfig, _FAMILY):
         if owner != section:
             section = owner
             lines += ["", f"[{owner}]"]
         lines.append(f"# {_plain(field.description or '')}")
         if field.is_required():
-            example = "sklearn:digits" if name == "source" else "vae"
+            example = "sklearn:digits" if name == "source" else _FAMILY
             lines.append(f"{name} = {json.dumps(example)}")
         else:
             value = "" if field.default is None else _toml(field.default)
@@ -87,19 +90,22 @@ def _table(file: type[BaseModel]) -> list[str]:
     return [*_HEAD, *rows]
 
 
-def _options(file: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
+def _options(
+    file: type[BaseModel], kind_of: str | None = None
+) -> Iterator[tuple[str, str, FieldInfo]]:
+    """Each option's section, name and field; of a section of several kinds all, or one kind's."""
     for section, owner in file.model_fields.items():
         kinds = [kind for kind in _all_kinds(owner.annotation) if issubclass(kind, BaseModel)]
         if len(kinds) > 1:
-            yield from _options_by_kind(section, str(owner.discriminator), kinds)
+            yield from _by_kind(section, str(owner.discriminator), kinds, kind_of)
             continue
         for kind in kinds:
             for name, field in kind.model_fields.items():
                 yield section, field.alias or name, field
 
 
-def _options_by_kind(
-    section: str, tag: str, kinds: list[type[BaseModel]]
+def _by_kind(
+    section: str, tag: str, kinds: list[type[BaseModel]], kind_of: str | None
 ) -> Iterator[tuple[str, str, FieldInfo]]:
     """The options of a section that is of one of several kinds: each says whose it is."""
     names = {kind: _choices(kind.model_fields[tag].annotation)[0] for kind in kinds}
@@ -116,6 +122,8 @@ def _options_by_kind(
                 owners.setdefault(name, []).append(names[kind])
                 fields.setdefault(name, field)
     for name, field in fields.items():
+        if kind_of not in (None, *owners[name]):
+            continue
         whose = ", ".join(f"`{owner}`" for owner in owners[name])
         yield section, name, _told(field, f"{field.description} ({whose})")
 

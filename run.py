@@ -68,7 +68,9 @@ class Run:
         from .privacy.plan import plan
         from .server.statistics import kept
 
-        return kept(self._folder, self.config, self.schema, plan(self.config))
+        begun = (event for event in self.events() if event["event"] in {"run", "resumed"})
+        run_id = next((str(event["run_id"]) for event in begun), "")
+        return kept(self._folder, run_id, self.config, self.schema, plan(self.config))
 
     def events(self) -> Iterator[Event]:
         """The lines of `events.jsonl`."""

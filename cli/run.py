@@ -126,13 +126,12 @@ def init(
 
 
 def _print_plan(loaded: Any, *, as_json: bool) -> None:  # noqa: ANN401
-    from ..api import resolve
-    from ..privacy.plan import plan
+    from ..api import price, resolve
     from ..server.simulation.sites import load_shards
 
     resolved, schema = resolve(loaded)
     report = load_shards(resolved, schema).report
-    priced = plan(resolved)
+    priced = price(resolved, schema)
     if as_json:
         typer.echo(json.dumps({**priced.as_dict(), "schedule": list(priced.schedule)}))
         return

@@ -222,14 +222,16 @@ def _honest(priced: Plan) -> int:
     return numbers.n_min - numbers.t_collude if numbers is not None else 1
 
 
-def check_grid(tried: Tried, priced: Plan, width: int) -> tuple[float, float]:
+def check_grid(
+    tried: Tried, priced: Plan, width: int, bound: float | None = None
+) -> tuple[float, float]:
     """A share's standard deviation and the grid's width, in units of the release.
 
     Computed anew: the honest sites' noise is what was priced, for the sum as it is rounded
     (`shared_noise`: a unit moves it by C and, rounded, by sqrt(d) steps more; nine steps squared of
-    the variance are not counted).
+    the variance are not counted). Of a release whose values are large, `bound` is theirs.
     """
-    block = _placed(tried, priced, width).block
+    block = _placed(tried, priced, width, bound).block
     share, grid = block.sigma / block.scale, 1 / block.scale
     variance = _honest(priced) * share**2 - 9 * grid**2
     moved = priced.clipping_norm + math.sqrt(width) * grid
@@ -281,9 +283,9 @@ def _first(module: nn.Module, batch: Batch, generator: torch.Generator) -> Tenso
     return torch.as_tensor(module(batch.x)).squeeze(1) * batch.x[:, 0]
 
 
-def _placed(tried: Tried, priced: Plan, width: int) -> vector.Placed:
+def _placed(tried: Tried, priced: Plan, width: int, bound: float | None = None) -> vector.Placed:
     norm, rate = priced.clipping_norm, priced.sampling_rate
-    release = vector.Release(tried.block, width, norm, _multiplier(priced), rate, norm)
+    release = vector.Release(tried.block, width, norm, _multiplier(priced), rate, bound or norm)
     return vector.placed([release], priced)[0]
 
 

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from ..config import RunConfig, Statistics
-from ..data_prep.queries import run_workload
+from ..data_prep import Encoded
+from ..data_prep.queries import Workload, answers, run_workload
 from ..data_prep.schema import Schema, parse_schema
 from ..models import Batch
 from ..models.state import Arrays
+from ..privacy import vector
 from ..privacy.conformance.claim import Claim
 from ..privacy.conformance.verdict import ALARM
 from ..privacy.noise import Coins
@@ -22,6 +25,8 @@ from ..privacy.plan import Plan
 from .self_test import ConformanceError, Tested, Tried, check_grid, trials, whose
 from .site import Side
 from .statistics import statistics_sums
+
+_OF_A_PERSON = 3  # records: more than if a record were what is clipped
 
 
 def statistics_test(
@@ -39,25 +44,51 @@ def statistics_test(
 
     Args:
         config: The run.
-        schema: What a record of the run is: its own vector's grid is computed anew, too.
+        schema: What a record of the run is, whose own queries and grid are looked at, too.
         priced: Its plan.
         sites: See `self_test`.
         make: Gives each of them its coins.
         alarm: The false-alarm rate.
 
     Raises:
-        ConformanceError: There are no statistics, or no mechanism, or the run's grid has less
-            noise than was priced.
+        ConformanceError: There are no statistics, or no mechanism; or the run's own queries have
+            another sensitivity, or its grid less noise, than was priced.
     """
     if priced.epsilon is None or not priced.statistics:
         raise ConformanceError("statistics: the run releases none that could be tested")
     tried = Tried("statistics", "statistics", _own)
+    asked = run_workload(config, schema, priced.statistics_noise)
+    _check_whole_norm(asked, schema, priced)
     if priced.shares_noise:
-        asked = run_workload(config, schema, priced.statistics_noise)
-        length, norm = asked.size(priced.statistics_units)
-        check_grid(tried, _as_rounds(priced, norm), length)
+        _check_own_grid(tried, asked, config, priced)
     norm = run_workload(_plain(config), _one_column(2), 1.0).sensitivity
     return trials(tried, config, _as_rounds(priced, norm), sites, make, alarm)
+
+
+def _check_whole_norm(asked: Workload, schema: Schema, priced: Plan) -> None:
+    """Computed anew: one record, or person, adds to all queries together what is accounted for."""
+    count = _OF_A_PERSON if priced.unit == "person" else 1
+    persons = np.zeros(count, dtype=np.int64) if priced.unit == "person" else None
+    for value in (0.0, 0.5, 1.0):
+        x = np.full((count, *schema.shape), value, dtype=np.float32)
+        records = Encoded(x, np.zeros(count, dtype=np.int64))
+        moved = float(np.linalg.norm(answers(asked, records, schema, persons)))
+        if not moved <= asked.sensitivity:
+            raise ConformanceError(
+                f"statistics = {moved:g}: one {priced.unit} must move all answers together by at "
+                f"most {asked.sensitivity:g}; do not run, the installed code is not what was priced"
+            )
+
+
+def _check_own_grid(tried: Tried, asked: Workload, config: RunConfig, priced: Plan) -> None:
+    """Holds the grid of the run's own vector against its price."""
+    length, norm = asked.size(priced.statistics_units)
+    none = (0, 0.0)
+    sizes = vector.Sizes(0, norm, none, none, config.records, (length, norm), asked.peak)
+    (release,) = vector.releases(
+        sizes, priced, at_sites=False, training=False, evaluating=False, describing=True
+    )
+    check_grid(tried, _as_rounds(priced, norm), length, release.bound)
 
 
 def _as_rounds(priced: Plan, norm: float) -> Plan:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ..config import FedveilError, RunConfig
 from ..data_prep import check_unit
+from ..data_prep.queries import run_workload
 from ..data_prep.schema import Schema, schema_from_json
 from ..models import check_modality, family
 from ..privacy.limits import BudgetError, LedgerError, TermsError
@@ -47,7 +48,10 @@ def understand(config_json: str, schema_json: str) -> Understood:
         module = kind.build(config.model, schema)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     parameters = sum(sizes[name] for name in kind.trainable(module))
-    return Understood(config, schema, plan(config), parameters)
+    priced = plan(config)
+    if priced.statistics:
+        run_workload(config, schema, priced.statistics_noise)  # what cannot be asked is not paid
+    return Understood(config, schema, priced, parameters)
 
 
 def asked_of(task: Task, run: Understood) -> Asked:

@@ -177,8 +177,24 @@ class Statistics(Options):
         "three names, for who knows the columns that matter. Default: every two columns together "
         "with the label, as far as the noise leaves something of them.",
     )
-    max_cells: Count = Field(
-        200_000, description="Most cells that all queries of the round together may have."
+    max_cells: int = Field(
+        200_000,
+        ge=1,
+        le=4_000_000,
+        description="Most cells that all queries of the round together may have.",
+    )
+    image_coefficients: int | None = Field(
+        None,
+        ge=1,
+        le=144,
+        description="Cosine coefficients, lowest frequencies first and all channels together, that "
+        "describe an image. Default: by the declared size and the noise.",
+    )
+    image_covariances: Literal["class", "shared", "diagonal"] | None = Field(
+        None,
+        description="What is asked of how coefficients vary together: a matrix for each `class`, "
+        "one `shared` by all, or variances alone (`diagonal`). Default: by the declared size and "
+        "the noise.",
     )
 
 
@@ -211,6 +227,12 @@ class MarginalOptions(Options):
     """What the noisy statistics say, and nothing more: it is fitted to them and never trained."""
 
     family: Literal["marginal"] = Field(description="The kind of generator.")
+    components: int = Field(
+        128, ge=1, le=4096, description="Tables: products of columns that are mixed."
+    )
+    steps: Count = Field(
+        400, description="Tables: steps of the fit, at the server; they cost no privacy."
+    )
 
 
 ModelOptions = Annotated[VaeOptions | MarginalOptions, Field(discriminator="family")]

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
 from ..config import ConfigError, Options, read_toml, validated
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Names = Annotated[tuple[str, ...], Strict(False)]  # noqa: FBT003
 Bounds = Annotated[tuple[float, float], Strict(False)]  # noqa: FBT003
@@ -199,6 +202,16 @@ class ImageSchema(Options):
     def person(self) -> None:
         """Images carry no key of a person."""
         return
+
+
+PADDING = 256
+"""The token behind the end of a text; smaller ones are bytes."""
+
+
+def tokens_of(x: "np.ndarray") -> "np.ndarray":
+    """The tokens of encoded texts: x [N, length], a token over `PADDING` each, -> int64."""
+    found: np.ndarray = (x * PADDING).round().clip(0, PADDING).astype("int64")
+    return found
 
 
 class TextSchema(Options):

@@ -13,7 +13,7 @@ from .clean import CleaningReport, DataError, bounds, trimmed
 from .clean import clean as clean_table
 from .harmonise import NO_MAP, Columns, own_columns
 from .modality import Encoded, Modality
-from .schema import Block, Schema, TableSchema, parse_schema, repeated
+from .schema import Block, Column, Schema, TableSchema, parse_schema, repeated
 from .words import nearest
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".data")
@@ -284,6 +284,14 @@ def _unscale(part: np.ndarray, block: Block) -> pl.Series:
     if column.nullable:
         series = series.set(pl.Series(part[:, 1] < 0.5), None)
     return series.cast(pl.Int64) if column.kind == "integer" else series
+
+
+def whole(column: Column, encoded: np.ndarray) -> np.ndarray:
+    """Encoded numbers [N] of a column, moved to where its nearest whole numbers are encoded."""
+    block = Block(column, 0, column.width)
+    present = np.ones(len(encoded))
+    numbers = _unscale(np.stack([encoded, present], axis=1), block).to_numpy()
+    return _scale(numbers.astype(np.float64), block)
 
 
 def _range(block: Block) -> tuple[float, float]:

@@ -17,10 +17,7 @@ from ..config import Clean
 from .clean import CleaningReport, ColumnReport, DataError
 from .harmonise import NO_MAP, Columns, check_columns
 from .modality import Encoded, Modality
-from .schema import Schema, TextSchema
-
-PADDING = 256
-"""The token behind the end of a record; smaller ones are bytes."""
+from .schema import PADDING, Schema, TextSchema, tokens_of
 
 ENDINGS = (".txt", ".jsonl")
 _LONGEST_CHARACTER = 4  # bytes, in UTF-8
@@ -145,12 +142,6 @@ def decode(encoded: Encoded, schema: Schema) -> list[str]:
     _text(schema)
     rows = tokens_of(encoded.x)
     return [row[row < PADDING].astype(np.uint8).tobytes().decode(errors="replace") for row in rows]
-
-
-def tokens_of(x: np.ndarray) -> np.ndarray:
-    """The tokens of encoded records: [N, length] int64, 0 to 256."""
-    found: np.ndarray = np.rint(x * PADDING).clip(0, PADDING).astype(np.int64)
-    return found
 
 
 def text_path(source: str) -> Path:

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..data_prep.queries.texts import CLASS_NAMES, CLASS_OF, EDGE, tokens_of
-from ..data_prep.schema import Column, Schema, TableSchema, TextSchema
+from ..data_prep.queries.texts import CLASS_NAMES, CLASS_OF
+from ..data_prep.schema import PADDING, Column, Schema, TableSchema, TextSchema, tokens_of
 from .family import Batch
 
 NUMBER_BINS = 10
@@ -101,7 +101,7 @@ def one_way(records: Batch, schema: Schema, weights: np.ndarray | None = None) -
 
 def _byte_shares(records: Batch, weights: np.ndarray | None) -> np.ndarray:
     tokens = tokens_of(records.x.numpy())
-    real = tokens < EDGE
+    real = tokens < PADDING
     each = np.ones(len(tokens)) if weights is None else weights
     each = each / np.maximum(real.sum(axis=1), 1)
     spread = np.broadcast_to(each[:, None], tokens.shape)[real]
@@ -111,7 +111,7 @@ def _byte_shares(records: Batch, weights: np.ndarray | None) -> np.ndarray:
 
 def characters(records: Batch, schema: Schema, weights: np.ndarray | None = None) -> np.ndarray:
     """How many bytes texts have, over the most that so many could have: [1], at most 1 a record."""
-    shares = (tokens_of(records.x.numpy()) < EDGE).sum(axis=1) / schema.shape[0]
+    shares = (tokens_of(records.x.numpy()) < PADDING).sum(axis=1) / schema.shape[0]
     return np.array([float((shares if weights is None else shares * weights).sum())])
 
 

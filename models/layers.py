@@ -28,7 +28,11 @@ class Lookup(nn.Module):
 
 
 class Table(nn.Module):
-    """Plain numbers in one parameter, `values`, of a model that is fitted; they start at 0."""
+    """A plain table of learnt numbers, all 0 at first: nothing is said yet.
+
+    Attributes:
+        values: The numbers, in the shape that the table was made with.
+    """
 
     def __init__(self, *shape: int) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ from ..data_prep.queries.tables import fine_histogram, quantiles
 from ..data_prep.schema import TableSchema
 
 _PARTS = 16
-# Of the declared range itself: no part of it is squeezed to nothing, so that there is a way back.
+# As if so many records were spread evenly over the declared range: no part of it is squeezed to
+# nothing, so that there is a way back.
 _IDENTITY = 0.1
 _LOUD = 3.0  # standard deviations of its own noise that a histogram's total must have
 
@@ -74,7 +75,10 @@ def learn(scaling: Scaling, statistics: Noisy, schema: TableSchema) -> None:
         counts, edges, std = fine_histogram(column, statistics, schema)
         if counts.sum() <= _LOUD * std * np.sqrt(len(counts)):
             continue
-        ends = (1 - _IDENTITY) * quantiles(counts, edges, [*share]) + _IDENTITY * share
+        # Mixed into the records, not into their quantiles: where they crowd, those are near to
+        # each other, and a tenth of the range between two of them would be most of it.
+        mixed = (1 - _IDENTITY) * counts / counts.sum() + _IDENTITY * np.diff(edges)
+        ends = quantiles(mixed, edges, [*share])
         ends[0], ends[-1] = 0.0, 1.0
         scaling.shift[index] = torch.from_numpy(ends - share).float()
         scaling.fill[index] = 0.5  # the median's place among the others

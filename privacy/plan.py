@@ -401,7 +401,8 @@ def _statistics(config: RunConfig, epsilon: float, delta: float, figures: _Besid
         return ()
     if share == 1:
         return (_calibrated("privacy.epsilon", 1.0, 1, epsilon, delta, figures),)
-    return (_calibrated("privacy.epsilon", 1.0, 1, share * epsilon, delta),)
+    option = "privacy.statistics_share x privacy.epsilon"
+    return (_calibrated(option, 1.0, 1, share * epsilon, delta),)
 
 
 def _figures(config: RunConfig, delta: float) -> _Beside:

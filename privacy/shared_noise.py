@@ -112,11 +112,13 @@ def choose_grid(
     little = [stretch for stretch, size in enumerate(sizes) if size >= _LITTLE * rounding]
     stretch = little[0] if little else MAX_STRETCH
     rooms = [size * (1 - 2 * _FLOATS) / _SCALING - rounding for size in sizes[: stretch + 1]]
-    fitting = [at for at, room in enumerate(rooms) if 0 < room <= most * sensitivity]
-    if any(room > 0 for room in rooms):
-        # The least scale that there is, where even that leaves no room: large values saturate.
-        stretch = fitting[-1] if fitting else next(at for at, room in enumerate(rooms) if room > 0)
-    room = rooms[stretch]
+    usable = [at for at, room in enumerate(rooms) if room > 0]
+    fitting = [at for at in usable if rooms[at] <= most * sensitivity]
+    if usable:
+        # Where even the least noise is for a finer grid than the values leave room for, it is used
+        # on the one that they do: more than was asked for.
+        stretch = fitting[-1] if fitting else usable[0]
+    room = min(rooms[stretch], most * sensitivity)
     if not room > 0:
         raise ConfigError(
             f"noise multiplier = {noise_multiplier:g}: on integers a block of {length} coordinates "

@@ -123,7 +123,7 @@ def cramers_v(
     observed = (length / total) ** 2
     value = math.sqrt(max(length**2 - added, 0.0)) / total / most
     low, high = (null.inverted(observed, part, most) / most for part in (1 - tail, tail))
-    above = float(np.quantile(null.at(0.0), 1 - tail)) - added / total**2
+    above = _quantile(null.at(0.0), 1 - tail) - added / total**2
     floor = math.sqrt(max(above, 0.0)) / most
     value, low, high, floor = (min(one, 1.0) for one in (value, low, high, floor))
     # A table that shows less than noise usually does rules nothing out up to its floor.
@@ -160,15 +160,21 @@ class _Draws:
         It grows with phi (Anderson 1955, theorem 1), so it is found by bisection.
         """
         low, high = 0.0, 2 * most
-        if observed <= np.quantile(self.at(low), part):
+        if observed <= _quantile(self.at(low), part):
             return low
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            if np.quantile(self.at(middle), part) < observed:
+            if _quantile(self.at(middle), part) < observed:
                 low = middle
             else:
                 high = middle
         return low
+
+
+def _quantile(draws: np.ndarray, part: float) -> float:
+    """The draw that is nearest to it; numpy's own, which interpolates, is ten times as slow."""
+    place = round(part * (len(draws) - 1))
+    return float(np.partition(draws, place)[place])
 
 
 def _draws(

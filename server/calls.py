@@ -58,6 +58,7 @@ def submitted(config: dict[str, Any], schema: dict[str, Any], roster: Roster) ->
     Raises:
         FedveilError: It is no run, not one of this federation, or cannot be had at that price.
     """
+    from ..data_prep.queries import run_workload
     from ..privacy.plan import plan
 
     known = schema_from_json(json.dumps(schema))
@@ -73,7 +74,9 @@ def submitted(config: dict[str, Any], schema: dict[str, Any], roster: Roster) ->
             f'federation.engine = "{found.federation.engine}": is for simulations; the sites of a '
             "federation run it, leave it out"
         )
-    plan(found)
+    priced = plan(found)
+    if priced.statistics:
+        run_workload(found, known, priced.statistics_noise)
     return found
 
 

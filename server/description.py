@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data_prep.queries import Noisy
+from ..data_prep.queries import Noisy, Workload
 from ..data_prep.queries.cells import Cells, cells, own_units
 from ..data_prep.queries.tables import fine_histogram, has_table, quantiles, table_of
-from ..data_prep.schema import Column, Schema, TableSchema
+from ..data_prep.schema import Column, ImageSchema, Schema, TableSchema
 from .association import Margin, cramers_v, margin
 from .intervals import LEVEL, Range, Z, quantile_cells, share_ranges
 
@@ -41,7 +41,7 @@ _CHARACTERS: dict[str, Collection[int]] = {
     "capital letters": _CAPITAL,
     "digits": _DIGITS,
     "blanks": _BLANKS,
-    "punctuation and signs": sorted(_OTHERS),
+    "marks and signs": sorted(_OTHERS),
     "control characters": sorted({*range(33), 127} - {*_BLANKS}),
     "bytes beyond ASCII": range(128, 256),
 }
@@ -57,16 +57,20 @@ def describe(statistics: Noisy, schema: Schema) -> dict[str, Any]:
         schema: What a record is.
 
     Returns:
-        `units` (declared), `interval` (what its intervals are), `total` (records, as noised), and
-        `columns`: each with its name and kind; `missing`, the share of records without it;
+        `modality`, `units` (declared), `interval` (what its intervals are), `total` (records, as
+        noised), and `columns`: each with its name and kind; `missing`, the share without it;
         `levels`, shares of its categories (of a text, of kinds of characters); of a number,
         `declared` bounds, `quantiles` in its own units and `cells`, shares of parts of its range.
         `pairs`: Cramer's V of two columns with its interval and its floor. Each figure is a `value`
         between `low` and `high`; `told` is empty, or why it lets nothing be said.
     """
-    found: dict[str, Any] = {"units": statistics.units, "interval": _ABOUT}
+    found: dict[str, Any] = {
+        "modality": schema.modality, "units": statistics.units, "interval": _ABOUT,
+    }  # fmt: skip
     if isinstance(schema, TableSchema):
         return found | _table(statistics, schema)
+    if isinstance(schema, ImageSchema) and "count" in statistics.values:
+        return found | _images(statistics, schema)
     if "bytes" in statistics.values:
         return found | {"columns": [_characters(statistics)]}
     return found
@@ -83,10 +87,34 @@ def _table(statistics: Noisy, schema: TableSchema) -> dict[str, Any]:
             columns[-1]["quantiles"] = _quantiles(declared[about.column], statistics, schema)
         margins[about.column] = margin(counts, noise, ordered=about.number)
     columns[-1]["label"] = schema.label is not None
-    total, spread = table_of((), statistics, schema)
-    said = Range(float(total), float(total) - Z * spread, float(total) + Z * spread)
-    pairs = _pairs(described, margins, statistics, schema, (float(total), spread))
-    return {"total": _fact(said), "columns": columns, "pairs": pairs}
+    counted, spread = table_of((), statistics, schema)
+    total = float(counted)
+    pairs = _pairs(described, margins, statistics, schema, (total, spread))
+    return {"total": _total(total, spread), "columns": columns, "pairs": pairs}
+
+
+def _about(names: tuple[str, ...], statistics: Noisy) -> Noisy:
+    """What was asked of some columns: with many columns, most queries are about others."""
+    queries = (q for q in statistics.asked.queries if set(names) <= set(q.columns))
+    asked = Workload(tuple(queries))
+    return Noisy(asked, statistics.values, statistics.noise, statistics.units)
+
+
+def _total(total: float, spread: float) -> dict[str, Any]:
+    return _fact(Range(total, total - Z * spread, total + Z * spread))
+
+
+def _images(statistics: Noisy, schema: ImageSchema) -> dict[str, Any]:
+    """How many images there are, and of which classes."""
+    counts = statistics.values["count"]
+    noise = np.full(counts.shape, statistics.noise["count"])
+    found: dict[str, Any] = {"total": _total(float(counts.sum()), float(np.linalg.norm(noise)))}
+    if not schema.classes:
+        return found
+    shares = zip(schema.classes, share_ranges(counts, noise), strict=True)
+    levels = [{"name": name, **_fact(share)} for name, share in shares]
+    label = {"name": schema.label, "kind": "categorical", "label": True, "levels": levels}
+    return found | {"columns": [label]}
 
 
 def _characters(statistics: Noisy) -> dict[str, Any]:
@@ -172,14 +200,16 @@ def _pairs(
 ) -> list[dict[str, Any]]:
     """Cramer's V of every two columns that were asked for together."""
     found: list[dict[str, Any]] = []
+    about_each = {one.column: _about((one.column,), statistics) for one in described}
     for pair in combinations((about.column for about in described), 2):
-        if not has_table(pair, statistics):
+        asked = _about(pair, about_each[pair[0]])
+        if not has_table(pair, asked):
             continue
         first, second = (margins[name] for name in pair)
         if first is None or second is None or total[0] <= Z * total[1]:
             found.append({"columns": list(pair), "told": ONE_GROUP})
             continue
-        v = cramers_v(*_counts(pair, statistics, schema), (first, second), *total)
+        v = cramers_v(*_counts(pair, asked, schema), (first, second), *total)
         told = "" if v.low > 0 else WITHIN
         figures = _fact(Range(v.value, v.low, v.high)) | {"told": told}
         found.append({"columns": list(pair), **figures, "floor": round(v.floor, 4)})

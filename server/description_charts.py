@@ -39,7 +39,6 @@ class Groups:
     """A column's categories: the largest, how many more there are, how many say nothing."""
 
     column: str
-    label: bool
     shown: tuple[Group, ...]
     more: int
     untold: int
@@ -102,7 +101,8 @@ class Federation:
     Attributes:
         epsilon: Of the release, if it is known.
         unit: What was hidden.
-        units: Declared number of units.
+        units: Declared number of them.
+        table: Whether the records have columns.
         level: Of the intervals, in percent.
         total: Records as noised, with their interval; empty if not asked.
         classes: Of the label.
@@ -110,6 +110,7 @@ class Federation:
         columns: How many there are.
         numbers: With their quantiles.
         groups: Of categorical columns but the label.
+        characters: Kinds of characters in texts.
         heat: Of the pairs that were asked; none where there are none.
         strongest: Those clear of the noise, by the lower end of their interval.
         clear: How many are.
@@ -119,6 +120,7 @@ class Federation:
     epsilon: float | None
     unit: str
     units: float
+    table: bool
     level: float
     total: tuple[str, str] | None
     classes: Groups | None
@@ -126,6 +128,7 @@ class Federation:
     columns: int
     numbers: tuple[Number, ...]
     groups: tuple[Groups, ...]
+    characters: Groups | None
     heat: HeatMap | None
     strongest: tuple[Pair, ...]
     clear: int
@@ -140,22 +143,26 @@ def federation(facts: Fact) -> Federation:
     """
     columns, pairs = facts.get("columns", []), facts.get("pairs", [])
     total = facts.get("total")
-    groups = [_groups(column) for column in columns if "levels" in column]
+    groups: dict[str | None, Groups] = {c["name"]: _groups(c) for c in columns if "levels" in c}
+    label = next((c["name"] for c in columns if c["label"]), None)
+    text = next((c["name"] for c in columns if c["kind"] == "text"), None)
     clear = sorted((p for p in pairs if not p["told"]), key=lambda p: -p["low"])
     missing = sorted((c for c in columns if "missing" in c), key=lambda c: -c["missing"]["value"])
     return Federation(
         epsilon=facts.get("epsilon"),
         unit=str(facts.get("unit", "record")),
         units=float(facts["units"]),
+        table=facts["modality"] == "table",
         level=100 * float(facts["interval"]["level"]),
         total=(_count(total["value"]), f"{_count(total['low'])} to {_count(total['high'])}")
         if total
         else None,
-        classes=next((g for g in groups if g.label), None),
+        classes=groups.pop(label, None),
+        characters=groups.pop(text, None),
         missing=tuple(_missing(column) for column in missing),
         columns=len(columns),
         numbers=tuple(_number(column) for column in columns if "quantiles" in column),
-        groups=tuple(g for g in groups if not g.label),
+        groups=tuple(groups.values()),
         heat=_heat([column["name"] for column in columns], pairs, clear) if pairs else None,
         strongest=tuple(_pair(pair) for pair in clear[:_MOST_PAIRS]),
         clear=len(clear),
@@ -177,7 +184,6 @@ def _groups(column: Fact) -> Groups:
     top = min(1.0, 1.05 * max([0.01, *(level["high"] for level in shown)]))
     return Groups(
         column["name"],
-        column["label"],
         tuple(_group(level, place, top) for place, level in enumerate(shown)),
         len(levels) - len(shown),
         sum(bool(level["told"]) for level in levels),
@@ -261,8 +267,8 @@ def _rough(pair: Fact) -> str:
 
 
 def _percents(share: Fact) -> tuple[str, str]:
-    """A share and its interval, to the digits that the interval leaves."""
-    digits = 1 if share["high"] - share["low"] > 0.002 else 2
+    """A share and its interval; small ones have a digit more."""
+    digits = 2 if share["high"] < 0.01 else 1
     value, low, high = (f"{100 * share[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} %", f"{low} to {high} %"
 

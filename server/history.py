@@ -127,8 +127,9 @@ class History:
     def seconds(self) -> dict[str, float]:
         """The time of all rounds by part."""
         parts: dict[str, float] = {}
-        for one in (*([self.described] if self.described else []), *self.rounds):
-            for part, seconds in one.seconds.items():
+        told = [one.seconds for one in self.rounds]
+        for times in ([self.described.seconds] if self.described else []) + told:
+            for part, seconds in times.items():
                 parts[part] = parts.get(part, 0.0) + seconds
         return parts
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..config import FedveilError, RunConfig
-from ..data_prep.queries import Noisy
+from ..data_prep.queries import Noisy, run_workload
 from ..data_prep.schema import Schema
 from ..flower import Grid
 from ..models import family
@@ -137,6 +137,8 @@ def _open(
     kind = family(config.model.family)
     module = kind.build(config.model, schema)
     priced, parameters = plan(config), to_arrays(module, kind.trainable(module))
+    if priced.statistics:  # too many cells are refused before anybody is asked
+        run_workload(config, schema, priced.statistics_noise)
     channel = open_channel(grid, sites, config, schema, priced, run_id, parameters, folder, asks)
     return _Run(channel, config, schema, run_id, folder, observe, priced, module, began)
 
@@ -168,7 +170,7 @@ def _resume(run: _Run, point: Checkpoint, damaged: list[str]) -> None:
         round=point.state.round,
         lost=list(range(point.state.round + 1, asked.round + 1)),
         lost_evaluations=asked.evaluation - point.evaluated.count,
-        lost_statistics=bool(asked.statistics) and not point.described,
+        lost_statistics=bool(asked.statistics) and not point.described and _left(run) is None,
         epsilon=run.priced.epsilon_after(*asked),
         damaged=damaged,
         privacy=run.priced.as_dict(),
@@ -190,6 +192,9 @@ def _described(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
         return point
     before = run.folder.asked()
     if before.statistics:
+        left = _left(run)
+        if left is not None:
+            return _begun(run, point, left)
         if not run.priced.rounds:
             raise RunError("statistics: were lost in a crash and are spent; begin a new run")
         return replace(point, described=True)  # the rounds are paid for, and go on without
@@ -208,19 +213,29 @@ def _described(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:
         dropped=_reasons(replies.dropped),
         seconds=_seconds(sites=replied - began, server=time.perf_counter() - replied),
     )
-    point = replace(point, described=True, ledgers={**point.ledgers, **replies.ledgers})
-    point = replace(point, state=_begun(run, point.state, noisy))
-    run.folder.save_checkpoint(replace(point, seconds=_total(run, point)))
-    return point
+    return _begun(run, replace(point, ledgers={**point.ledgers, **replies.ledgers}), noisy)
 
 
-def _begun(run: _Run, state: ServerState, noisy: Noisy) -> ServerState:
-    """The state that rounds begin with, or that nothing is trained beyond."""
+def _left(run: _Run) -> Noisy | None:
+    """What a crash has left of the round of statistics: all of it once it was told of, or none."""
+    if not any(event["event"] == "statistics" for event in run.folder.events()):
+        return None
+    try:
+        return statistics.kept(run.folder, run.run_id, run.config, run.schema, run.priced)
+    except FedveilError:
+        return None
+
+
+def _begun(run: _Run, point: Checkpoint, noisy: Noisy) -> Checkpoint:
+    """The state that rounds begin with, or that nothing is trained beyond; it is stored."""
     began = time.perf_counter()
-    made = begin(run.config, run.schema, noisy, state.model)
+    made = begin(run.config, run.schema, noisy, point.state.model)
     begun = STRATEGIES[run.config.strategy].init(made.model)
     run.tell("prepared", **made.facts, seconds=_seconds(server=time.perf_counter() - began))
-    return replace(begun, clipping_norm=state.clipping_norm)
+    state = replace(begun, clipping_norm=point.state.clipping_norm)
+    point = replace(point, described=True, state=state)
+    run.folder.save_checkpoint(replace(point, seconds=_total(run, point)))
+    return point
 
 
 def _round(run: _Run, point: Checkpoint, coins: Coins) -> Checkpoint:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import RunConfig
+from ..config import FedveilError, RunConfig
 from ..data_prep.queries import Noisy, Workload, noisy, run_workload
 from ..data_prep.schema import Schema
 from ..models.state import read_file, to_bytes
@@ -81,12 +81,18 @@ def keep(
     return answers
 
 
-def kept(folder: RunFolder, config: RunConfig, schema: Schema, plan: Plan) -> Noisy:
+def kept(folder: RunFolder, run_id: str, config: RunConfig, schema: Schema, plan: Plan) -> Noisy:
     """Reads what `keep` wrote.
 
     Raises:
         FedveilError: There is none, or it is damaged or of another run.
     """
-    arrays, facts = read_file(folder.path / FILE)
+    path = folder.path / FILE
+    arrays, facts = read_file(path)
+    if facts.get("run_id") != run_id:
+        raise FedveilError(f"{path}: is of run {facts.get('run_id')}, not {run_id}")
     asked = run_workload(config, schema, plan.statistics_noise)
-    return noisy(asked, arrays["answers"], facts["scale"], config.trained)
+    try:
+        return noisy(asked, arrays["answers"], float(facts["scale"]), config.trained)
+    except (LookupError, TypeError, ValueError):
+        raise FedveilError(f"{path}: holds no statistics of this run") from None

@@ -101,13 +101,14 @@ def statistics(long: str) -> dict[str, Any]:
     parts = [{"part": q, "value": 1234567, "low": 1e6, "high": 2e6} for q in PARTS]
     names = [f"{long}{i}" for i in range(30)]
     columns = [
-        {"name": name, "label": name == names[0], "missing": share, "declared": [0.0, 1e9],
-         "quantiles": parts, "levels": [{"name": f"{long}{i}", **share} for i in range(30)]}
+        {"name": name, "kind": "x", "label": name == names[0], "missing": share,
+         "declared": [0.0, 1e9], "quantiles": parts,
+         "levels": [{"name": f"{long}{i}", **share} for i in range(30)]}
         for name in names
     ]  # fmt: skip
     pairs = [{"columns": [*two], **share, "told": "", "floor": 0.1} for two in pairwise(names)]
     total = share | {"value": 1e6, "low": 9e5, "high": 2e6}
-    found = {"units": 1e6, "interval": {"level": 0.95}, "total": total}
+    found = {"modality": "table", "units": 1e6, "interval": {"level": 0.95}, "total": total}
     return {**found, "columns": columns, "pairs": pairs}
 
 

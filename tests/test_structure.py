@@ -38,6 +38,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     # It writes files that are whole or not there.
     "data_prep.cleaned": ("data_prep", "config", "files"),
     "models": ("models", "data_prep.schema", "data_prep.queries", "config"),
+    # Where the whole numbers of a column lie, its encoding knows.
+    "models.marginal.tables": (
+        "models", "data_prep.schema", "data_prep.queries", "data_prep.modality",
+        "data_prep.tabular", "config",
+    ),
     # Kits, roster and control plane: no model, no record.
     "deployment": ("deployment", "config", "files", "privacy.secagg.keys"),
     "client": (

@@ -23,6 +23,7 @@ from ..words import nearest, quoted
 from .cells import Cells, cells, codes
 from .workload import Noisy, Query, Workload, clipped_sum
 
+_SINGLE_WEIGHT = 2.0
 _FINE_WEIGHT = 0.5
 _MOMENTS_WEIGHT = 0.5
 _LEAST_SIGNAL = 0.15
@@ -84,18 +85,16 @@ def workload(
     numbers = [column for column in described if column.number]
     always = [fine(column, label) for column in numbers] + [moments(c) for c in numbers]
     if options.marginals:
-        asked = _chosen(options, described)
+        asked = _chosen(options, described, schema.label)
         _check_cells([*always, *asked], described, options)
         return Workload((*always, *asked))
     by = [] if label is None else [label.column]
     features = [c.column for c in described if c is not label]
-    singles = [marginal([*by, name], described) for name in features]
+    singles = [marginal([*by, name], described, _SINGLE_WEIGHT) for name in features]
     _check_cells([*always, *singles], described, options)
     pairs = [marginal([*by, *two], described) for two in combinations(features, 2)]
     pairs = _affordable(pairs, [*always, *singles], options, units / max(noise_multiplier, 1e-9))
-    covered = {name for query in pairs for name in query.columns}
-    rest = [query for query in singles if query.columns[-1] not in covered]
-    return Workload((*always, *rest, *pairs))
+    return Workload((*always, *singles, *pairs))
 
 
 def _affordable(
@@ -116,10 +115,11 @@ def _affordable(
     return [query for query in pairs if query.name in kept]
 
 
-def _chosen(options: Statistics, described: Sequence[Cells]) -> list[Query]:
+def _chosen(options: Statistics, described: Sequence[Cells], label: str | None) -> list[Query]:
     """The marginals that the options name, each once, and the columns that they leave out."""
     order = {column.column: place for place, column in enumerate(described)}
-    order[described[-1].column] = -1 if not described[-1].number else order[described[-1].column]
+    if label is not None:
+        order[label] = -1
     found = {}
     for names in options.marginals:
         for name in names:
@@ -270,6 +270,11 @@ def table_of(
     if not weights:
         raise KeyError(f"statistics: no query about {_list(columns)}")
     return np.asarray(total / weights), 1 / math.sqrt(weights)
+
+
+def tables(asked: Workload) -> list[Query]:
+    """The marginals that were asked: counts over the cells of columns together."""
+    return [query for query in asked.queries if _kind(query) == "cells"]
 
 
 def has_table(columns: Sequence[str], statistics: Noisy) -> bool:

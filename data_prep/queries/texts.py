@@ -20,9 +20,7 @@ from scipy import sparse
 
 from ...config import ConfigError, Statistics
 from ..modality import Encoded
-from ..schema import Schema, TextSchema
-from ..texts import PADDING
-from ..texts import tokens_of as tokens_of  # for models, which may import no more of data_prep
+from ..schema import PADDING, Schema, TextSchema, tokens_of
 from .workload import Query, Workload, clipped_sum
 
 EDGE = PADDING

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...config import MarginalOptions
 from ...data_prep.queries import Noisy
 from ...data_prep.queries.texts import CLASS_OF, CLASSES, EDGE, HASHED, TOKENS, hashed
-from ...data_prep.schema import Schema
+from ...data_prep.schema import PADDING, Schema
 from ..family import Batch
 from ..layers import Table
 from .counts import shrunk
@@ -149,14 +149,14 @@ def sample(
             drawn = torch.searchsorted(ends, coins * ends[:, -1:], right=True)[:, 0]
             tokens[some, place] = drawn.clamp(max=EDGE - 1 if place == 3 else EDGE)
         going &= tokens[:, place] != EDGE
-    return Batch(tokens[:, 3:].float() / EDGE, torch.zeros(n, dtype=torch.int64))
+    return Batch(tokens[:, 3:].float() / PADDING, torch.zeros(n, dtype=torch.int64))
 
 
 @torch.no_grad()
 def scores(module: nn.Module, batch: Batch) -> Tensor:
     """[B] log-likelihoods in nats of all bytes and, of a record that is shorter, of its end."""
     runs = _runs(module)
-    tokens = (batch.x * EDGE).round().clamp(0, EDGE).to(torch.int64)
+    tokens = (batch.x * PADDING).round().clamp(0, PADDING).to(torch.int64)
     rows = max(1, _PLACES // tokens.shape[1])
     dtype = runs.pairs.values.dtype
     return torch.cat(
@@ -176,7 +176,7 @@ def _scored(runs: Runs, tokens: Tensor) -> Tensor:
     logs = _next(runs, context.view(-1, 3)).view(count, length, TOKENS)
     each = logs.gather(2, tokens[:, :, None])[:, :, 0]
     going = torch.ones(count, length, dtype=torch.bool)
-    going[:, 1:] = (tokens != EDGE).cumprod(dim=1)[:, :-1].bool()
+    going[:, 1:] = (tokens != PADDING).cumprod(dim=1)[:, :-1].bool()
     return torch.where(going, each, torch.zeros(())).sum(dim=1)
 
 

@@ -89,7 +89,7 @@ NODE = 5
 FAST = {"epsilon": 2.0, "sampling_rate": 1.0}  # priced in a moment
 DIGITS = ImageSchema(height=8, width=8, classes=tuple("0123456789"))
 ANYTHING = Policy(self_test=False)
-FACTS = {"run-id", "round", "evaluation", "ledger-count", "ledger-hash"}
+FACTS = {"run-id", "round", "evaluation", "statistics", "ledger-count", "ledger-hash"}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -237,7 +237,7 @@ class TestAQuestion:
         self, ask: Asked, config: RunConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found = SimpleNamespace(outcome="violated", failed=("noise",))
-        monkeypatch.setattr(client_module, "_tested", lambda *_: found)
+        monkeypatch.setattr(client_module, "_tested", lambda *_: (found,))
         assert ask.ready(ask.signed(question(config))) is None  # its owner asks for no test
         ask.site.policy = ask.site.policy.model_copy(update={"self_test": True})
         assert ask.ready(ask.signed(question(config))) is Refusal.CONFORMANCE
@@ -298,7 +298,7 @@ class TestApproval:
         priced = understand(task.config, task.schema)
         assert run.asks == {
             "name": config.federation.name, "family": "vae", "parameters": priced.parameters,
-            "rounds": 2, "sites": 3, "unit": "record", "mechanism": "central",
+            "rounds": 2, "statistics": False, "sites": 3, "unit": "record", "mechanism": "central",
             "encryption": "none", "epsilon": priced.priced.epsilon, "delta": priced.priced.delta,
             "n_min": None, "t_collude": None, "coordinator": ask.made.coordinator.public.hex(),
         }  # fmt: skip

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fedveil.config import Clean, ConfigError
 from fedveil.data_prep import Encoded, held_by, modality
 from fedveil.data_prep.clean import CleaningReport, DataError, refuse_unusable
-from fedveil.data_prep.schema import TextSchema, parse_schema
-from fedveil.data_prep.texts import PADDING, Texts, clean, decode, encode, read, tokens_of
+from fedveil.data_prep.schema import PADDING, TextSchema, parse_schema, tokens_of
+from fedveil.data_prep.texts import Texts, clean, decode, encode, read
 
 FOUR = TextSchema(length=4)
 OWNED = TextSchema(length=8, person="who")

@@ -658,8 +658,8 @@ class TestSlack:
             exact = pld_schedule(releases, left, [1, 2], 1e-4)
             assert 0.98 * target < exact[-1] + 0.25 <= schedule[-1] + 1e-12 <= target + 1e-12
             assert schedule[0] >= exact[0] + 0.25 - 1e-12
-        # Two rounds; two evaluations, of up to two blocks each.
-        assert counted == [(6, 5, 3.0)]
+        # One of statistics, if there is one; two rounds; two evaluations, of up to two blocks each.
+        assert counted == [(7, 5, 3.0)]
 
     def test_of_one_account_is_paid_once(self, counted: list[tuple[int, int, float]]) -> None:
         priced = plan(of_sites(privacy={"delta": 1e-5}))
@@ -670,14 +670,14 @@ class TestSlack:
         assert priced.epsilon is not None
         assert 0.98 * 8 < both + 0.25 <= priced.epsilon + 1e-12 <= 8 + 1e-12
         assert 0.98 * 0.8 < pld_epsilon(evaluations, left, 1e-4) <= 0.8
-        assert counted == [(16, 5, 8.0)]
+        assert counted == [(17, 5, 8.0)]
 
     def test_a_norm_that_adapts_is_another_block_a_round(
         self, counted: list[tuple[int, int, float]]
     ) -> None:
         plan(of_sites(privacy={"clipping": "adaptive"}))
-        # Eight updates, eight numbers of those within, four evaluations of up to two.
-        assert counted == [(24, 5, 8.0)]
+        # Statistics, eight updates, eight numbers of those within, four evaluations of up to two.
+        assert counted == [(25, 5, 8.0)]
 
     def test_without_shared_noise_there_is_none(
         self, counted: list[tuple[int, int, float]], make_config: MakeConfig

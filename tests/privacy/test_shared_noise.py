@@ -149,6 +149,60 @@ class TestChooseGrid:
             accounted_multiplier(Grid(scale, 0), 1.0, 1, 2)
 
 
+class TestRoom:
+    """Values that are many sensitivities large need a coarser grid."""
+
+    @given(multipliers, st.floats(1e-3, 1e6), lengths, honests, st.floats(1e-6, 1e12))
+    @example(0.5, 1.0, 100, 8, 50.0)
+    @example(1.0, 1.0, MAX_WORDS, 2, 1e-3)
+    def test_the_noise_is_never_less_than_asked_and_the_grid_never_finer(
+        self, noise_multiplier: float, sensitivity: float, length: int, honest: int, most: float
+    ) -> None:
+        try:
+            grid = choose_grid(noise_multiplier, sensitivity, length, honest, most)
+        except ConfigError:
+            with pytest.raises(ConfigError):  # which room has nothing to do with
+                choose_grid(noise_multiplier, sensitivity, length, honest)
+            return
+        assert grid.scale <= most * (1 + 1e-12)
+        assert accounted_multiplier(grid, sensitivity, length, honest) >= noise_multiplier
+        assert multiplier(grid, sensitivity, length, honest) >= Fraction(noise_multiplier)
+
+    @given(multipliers, st.floats(1e-3, 1e6), lengths, honests)
+    def test_without_a_limit_it_is_as_before(
+        self, noise_multiplier: float, sensitivity: float, length: int, honest: int
+    ) -> None:
+        try:
+            grid = choose_grid(noise_multiplier, sensitivity, length, honest)
+        except ConfigError:
+            assume(False)
+        enough = grid.scale * (1 + 1e-9)
+        assert choose_grid(noise_multiplier, sensitivity, length, honest, enough) == grid
+
+    @given(st.floats(0.3, 3), st.integers(1, 10**5), honests, st.floats(1.0, 1e4))
+    def test_a_finer_one_that_fits_would_have_been_taken(
+        self, noise_multiplier: float, length: int, honest: int, most: float
+    ) -> None:
+        grid = choose_grid(noise_multiplier, 1.0, length, honest, most)
+        free = choose_grid(noise_multiplier, 1.0, length, honest)
+        if grid.stretch == free.stretch:
+            return
+        size = math.sqrt(honest * variance(grid.stretch + 1) - 9) / noise_multiplier
+        assert size - math.sqrt(length) > most * (1 - 1e-5)
+
+    def test_by_hand(self) -> None:
+        # d = 100, z = 2, h = 4: with stretch k it is sqrt(4 * 2^20 * (k^2 + 1) - 9) / 2 - 10
+        # steps: 1014 of k = 0, 1438.15 of k = 1, ..., 5211.38 of k = 5, which is taken.
+        assert choose_grid(2.0, 1.0, 100, 4, 6000.0) == choose_grid(2.0, 1.0, 100, 4)
+        coarser = choose_grid(2.0, 1.0, 100, 4, 1500.0)
+        assert (coarser.stretch, coarser.scale) == (1, pytest.approx(1438.15, abs=0.01))
+        # Where not even the least noise fits, it is used on the grid that does: 2 is asked, and
+        # 2 * 1024 / (50 + 10) = 34.1 is there.
+        coarsest = choose_grid(2.0, 1.0, 100, 4, 50.0)
+        assert (coarsest.stretch, coarsest.scale) == (0, 50.0)
+        assert accounted_multiplier(coarsest, 1.0, 100, 4) == pytest.approx(2048 / 60, rel=1e-4)
+
+
 class TestTheSum:
     @pytest.mark.parametrize(("noise_multiplier", "length"), [(1.0, 1 << 18), (0.3, 40_000)])
     def test_has_the_variance_of_the_honest_noises_that_is_accounted_for(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ SIZES = Sizes(
     update=700, clipping_norm=1.0, answers=(20, 2.0), figures=(2, math.sqrt(2)), records=1797
 )
 ALARM = 1e-7
+SOON: dict[str, Any] = {"privacy": {"sampling_rate": 1.0}}  # is priced in a moment
 
 
 def block(length: int, scale: float, sigma: float = 0.0, name: str = "update") -> Block:
@@ -276,7 +278,77 @@ class TestFlat:
         assert unflat(np.array([1.0, 2.0]), one)["b"].tolist() == [2.0]
 
 
-def test_rounding_by_hand() -> None:
+def test_rounding_by_hand(price: Callable[..., Plan]) -> None:
     """d = 4, scale 8, C = 1: 8 steps become 8 + 2 at most."""
     release = Release("update", 4, 1.0, 1.0, 1.0, 64.0)
-    assert rounding(release, block(4, 8.0)) == (1 + 2.0**-22) * 1.25
+    expected = (1 + 2.0**-22) * 1.25
+    assert rounding(release, block(4, 8.0), price("central", **SOON)) == expected
+    # Shared out, it is what the grid's noise is of the accounted: two sites' of 10 steps, over 8.
+    shared = rounding(release, block(4, 8.0, 10.0), price("distributed", **SOON))
+    assert shared == pytest.approx(10 * math.sqrt(2) / 8)
+
+
+def describing(found: Plan, records: int, length: int = 1000, peak: float = 1.0) -> Release:
+    """The one block of a round of statistics whose sensitivity is 2."""
+    sizes = replace(SIZES, records=records, statistics=(length, 2.0), peak=peak)
+    [release] = releases(
+        sizes, found, at_sites=False, training=False, evaluating=False, describing=True
+    )
+    return release
+
+
+class TestStatistics:
+    """Counts of records, which are many sensitivities large."""
+
+    def test_is_a_block_by_itself_of_all_records(self, price: Callable[..., Plan]) -> None:
+        found = replace(price("distributed", **SOON), statistics_noise=3.0)
+        release = describing(found, 1600, peak=0.5)
+        assert (release.name, release.length, release.sensitivity) == ("statistics", 1000, 2.0)
+        assert (release.noise_multiplier, release.sampling_rate) == (3.0, 1.0)
+        # Of four sites each may have all the records; their noise is within 20 deviations.
+        assert release.bound == 1600 * 0.5 + 20 * 3.0 * 2.0
+        assert describing(found, 10).bound == 64 + 120.0
+
+    def test_of_many_sites_each_may_have_four_times_the_mean(
+        self, price: Callable[..., Plan]
+    ) -> None:
+        found = replace(
+            price("central", **SOON), numbers=Numbers(10, 6, 9, 1), statistics_noise=0.0
+        )
+        assert describing(found, 100_000).bound == 40_000.0
+
+    @pytest.mark.parametrize("noise", [0.3, 1.0, 4.0, 20.0])
+    @pytest.mark.parametrize("records", [100, 1_000_000, 100_000_000])
+    @pytest.mark.parametrize("mechanism", ["distributed", "central", "none"])
+    def test_four_times_the_mean_fits(
+        self, price: Callable[..., Plan], coins: Coins, mechanism: str, records: int, noise: float
+    ) -> None:
+        """Each site's word has room for it, and for its own noise."""
+        found = replace(
+            price(mechanism, **SOON), numbers=Numbers(10, 6, 9, 1), statistics_noise=noise
+        )
+        release = describing(found, records, length=50)
+        [one] = placed([release], found)
+        assert one.block.scale * release.bound <= (2**31 - 1) / 10
+        count = 0.995 * 4 * records / 10
+        made = words({"statistics": {"a": np.full(50, count)}}, [one], found.numbers, coins)
+        sent = reals(made, [one])["statistics"]
+        share = one.block.sigma / one.block.scale
+        assert sent == pytest.approx(np.full(50, count), abs=6 * share + 2 / one.block.scale)
+        assert share <= max(0.01 * count, 3 * noise)  # the room is not bought with the answers
+
+    @pytest.mark.parametrize("records", [100, 1_000_000, 100_000_000])
+    def test_its_noise_is_told_as_it_is(
+        self, price: Callable[..., Plan], coins: Coins, records: int
+    ) -> None:
+        """The variance of the sum of ten, by chi-squared bounds of 1e-7 on fixed coins."""
+        numbers = Numbers(10, 6, 9, 1)
+        found = replace(price("distributed", **SOON), numbers=numbers, statistics_noise=0.5)
+        release = describing(found, records, length=4000)
+        [one] = placed([release], found)
+        zeros = {"statistics": {"a": np.zeros(4000)}}
+        made = [words(zeros, [one], numbers, coins) for _ in range(10)]
+        total = reals(np.sum(made, axis=0, dtype=np.uint32), [one])["statistics"]
+        told = rounding(release, one.block, found) * 0.5 * 2.0 * math.sqrt(10 / 8)
+        low, high = chi2.ppf([ALARM / 2, 1 - ALARM / 2], 4000)
+        assert low < float(np.square(total / told).sum()) < high

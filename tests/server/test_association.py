@@ -110,6 +110,18 @@ class TestCramersV:
         found = cramers_v(table, np.full((4, 2), 5.0), (group, pair), 100.0, 0.0)
         assert found.value == pytest.approx(math.sqrt(1e4 - 8 * 25) / 100)
 
+    def test_noise_of_a_margin_is_in_the_interval(self) -> None:
+        """V of 2 x 2 goes with 1 / sqrt(p0 p1): 10 % of p1 = 0.04 is 5 % of V, 1.96 times each way.
+
+        By 1.96 standard deviations p1 is 0.0478 or 0.0322: V is 0.918 or 1.111 times as large.
+        """
+        rare = Margin(np.array([0, 1]), np.array([0.96, 0.04]), np.array([0.0, 0.004]))
+        even = Margin(np.array([0, 1]), np.array([0.5, 0.5]), np.zeros(2))
+        table = np.array([[480.0, 480], [30, 10]])
+        found = cramers_v(table, np.zeros((2, 2)), (rare, even), 1000.0, 0.0)
+        assert found.low / found.value == pytest.approx(1 / 1.111, abs=0.02)
+        assert found.high / found.value == pytest.approx(1 / 0.918, abs=0.02)
+
     @pytest.mark.parametrize("seed", [0, 1])
     def test_independent_columns_read_near_nothing(self, seed: int) -> None:
         """At most so many are clear as their floor says; the others are drowned."""

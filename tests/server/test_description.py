@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ SCHEMA = parse_schema(
     },
     "here",
 )  # fmt: skip
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     *[{"age": 3, "dose": 0.0, "hue": "red", "ill": "no"}] * 40,
     *[{"age": 7, "dose": 9.0, "hue": "blue", "ill": "yes"}] * 20,
     *[{"age": None, "dose": 50.0, "hue": "blue", "ill": "yes"}] * 10,
@@ -37,10 +38,10 @@ ROWS = [
 ]
 
 
-def encoded(rows: list[dict[str, Any]], schema: Schema = SCHEMA) -> Encoded:
+def encoded(rows: Sequence[Mapping[str, object]], schema: Schema = SCHEMA) -> Encoded:
     """Of rows that are clean."""
     types = {"age": pl.Int64, "dose": pl.Float64, "hue": pl.String, "ill": pl.String}
-    return tabular.encode(pl.DataFrame(rows, schema=types), schema)
+    return tabular.encode(pl.DataFrame([*rows], schema=types), schema)
 
 
 def asked(units: float = 100.0, noise_multiplier: float = 0.0) -> Workload:
@@ -48,7 +49,7 @@ def asked(units: float = 100.0, noise_multiplier: float = 0.0) -> Workload:
     return queries.workload(SCHEMA, Statistics(), units, noise_multiplier)
 
 
-def released(rows: list[dict[str, Any]], z: float = 0.0, seed: int = 0) -> Noisy:
+def released(rows: Sequence[Mapping[str, object]], z: float = 0.0, seed: int = 0) -> Noisy:
     """One round."""
     workload = asked(float(len(rows)), z)
     exact = queries.answers(workload, encoded(rows), SCHEMA)
@@ -198,19 +199,17 @@ class TestLeak:
         """Two sets of records whose noise happens to make the same vector of them."""
         workload = asked()
         others = [*ROWS[5:], *[{"age": 0, "dose": 99.0, "hue": None, "ill": "yes"}] * 30]
-        # Whole numbers and halves add up exactly, up to the moments: those are made whole.
-        rng = np.random.default_rng(7)
-        exact = [
-            np.rint(queries.answers(workload, encoded(rows), SCHEMA)) for rows in (ROWS, others)
-        ]
-        assert (exact[0] != exact[1]).any()
-        vector = exact[0] + rng.integers(-20, 21, workload.length)
-        said = []
-        for seed, one in enumerate(exact):
+        vector = np.random.default_rng(7).integers(0, 100, workload.length).astype(np.float64)
+        said, sums = [], []
+        for seed, rows in enumerate((ROWS, others)):
             np.random.seed(seed)  # noqa: NPY002  nor on any global state
-            noise = vector - one
-            facts = describe(queries.noisy(workload, one + noise, 12.0, 100.0), SCHEMA)
+            exact = queries.answers(workload, encoded(rows), SCHEMA)
+            noise = vector - exact
+            released = np.rint(exact + noise)  # whole, so that float64 adds them up alike
+            facts = describe(queries.noisy(workload, released, 12.0, 100.0), SCHEMA)
             said.append(json.dumps(facts).encode())
+            sums.append(exact)
+        assert (sums[0] != sums[1]).any()
         assert said[0] == said[1]
 
     def test_another_vector_says_something_else(self) -> None:
@@ -224,19 +223,19 @@ class TestOtherKinds:
         for token in (*b"Abb 1!", 256):
             counts[token] += 1
         workload = Workload((Query("bytes", (257,)),))
-        schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
+        schema = parse_schema({"modality": "text"}, "here")
         facts = describe(Noisy(workload, {"bytes": counts}, {"bytes": 0.0}, 3.0), schema)
         found = {level["name"]: level["value"] for level in facts["columns"][0]["levels"]}
         sixth = round(1 / 6, 6)
         assert found == {
             "small letters": round(1 / 3, 6), "capital letters": sixth, "digits": sixth,
-            "blanks": sixth, "punctuation and signs": sixth, "control characters": 0.0,
+            "blanks": sixth, "marks and signs": sixth, "control characters": 0.0,
             "bytes beyond ASCII": 0.0,
         }  # fmt: skip
 
     def test_a_kind_of_characters_has_the_noise_of_all_its_bytes(self) -> None:
         workload = Workload((Query("bytes", (257,)),))
-        schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
+        schema = parse_schema({"modality": "text"}, "here")
         counts = np.full(257, 1e4)
         facts = describe(Noisy(workload, {"bytes": counts}, {"bytes": 10.0}, 3.0), schema)
         digits = next(x for x in facts["columns"][0]["levels"] if x["name"] == "digits")
@@ -244,7 +243,29 @@ class TestOtherKinds:
         spread = math.sqrt(10 * 100 * (1 - part) ** 2 + 246 * 100 * part**2) / 256e4
         assert digits["high"] - digits["low"] == pytest.approx(2 * 1.96 * spread, rel=0.01)
 
+    def test_images_have_a_total_and_classes(self) -> None:
+        """Of 60 and 40 with noise 3 each: the total's is 3 sqrt(2), 1.96 times each way."""
+        workload = Workload((Query("count", (2,)),))
+        raw = {"modality": "image", "height": 8, "width": 8}
+        told = Noisy(workload, {"count": np.array([60.0, 40.0])}, {"count": 3.0}, 90.0)
+        facts = describe(told, parse_schema(raw | {"classes": ["cat", "dog"]}, "here"))
+        assert facts["total"] == {"value": 100.0, "low": 91.7, "high": 108.3, "told": ""}
+        (label,) = facts["columns"]
+        assert (label["name"], label["label"]) == ("label", True)
+        assert [(x["name"], x["value"], x["told"]) for x in label["levels"]] == [
+            ("cat", 0.6, ""), ("dog", 0.4, ""),
+        ]  # fmt: skip
+        cat = label["levels"][0]
+        # Sd of 60 of 100: 3 sqrt(0.4^2 + 0.6^2) / 100.
+        width = 2 * 1.96 * 3 * math.sqrt(0.52) / 100
+        assert cat["high"] - cat["low"] == pytest.approx(width, rel=0.02)
+
+    def test_images_without_classes_have_a_total(self) -> None:
+        schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
+        told = Noisy(Workload(()), {"count": np.array([60.0])}, {"count": 3.0}, 90.0)
+        assert set(describe(told, schema)) == {"modality", "units", "interval", "total"}
+
     def test_what_is_not_asked_is_absent(self) -> None:
         schema = parse_schema({"modality": "image", "height": 8, "width": 8}, "here")
         facts = describe(Noisy(Workload(()), {}, {}, 3.0), schema)
-        assert set(facts) == {"units", "interval"}
+        assert set(facts) == {"modality", "units", "interval"}

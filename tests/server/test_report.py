@@ -123,7 +123,7 @@ def federation(**other: Any) -> dict[str, Any]:  # noqa: ANN401
     """What `statistics.json` holds of three columns."""
     ages = zip((0.05, 0.25, 0.5, 0.75, 0.95), (20, 28, 37, 48, 64), strict=True)
     return {
-        "units": 1000.0, "epsilon": 0.3, "unit": "record",
+        "modality": "table", "units": 1000.0, "epsilon": 0.3, "unit": "record",
         "interval": {"level": 0.95, "of": "noise of the mechanism, not sampling error"},
         "total": share(1012.0, 990.0, 1034.0),
         "columns": [
@@ -358,7 +358,7 @@ class TestTheFederation:
         text = page(sources(statistics=federation())).text
         assert "2 of 3 columns may be missing" in text
         assert "age 10.0 % 5.0 to 15.0 %" in text
-        assert f"hue {BELOW} 0.1 % 0.0 to 0.4 %" in text
+        assert f"hue {BELOW} 0.10 % 0.00 to 0.40 %" in text
         assert text.index("age 10.0 %") < text.index(f"hue {BELOW}")
 
     def test_ranges_in_the_columns_own_units(self) -> None:
@@ -443,11 +443,21 @@ class TestTheFederation:
         assert "noise of the mechanism" not in text
 
     def test_other_kinds_of_data_have_what_they_have(self) -> None:
-        bare = {k: v for k, v in federation().items() if k in {"units", "interval"}}
+        bare = {k: federation()[k] for k in ("units", "interval")} | {"modality": "image"}
         text = page(sources(statistics=bare)).text
         assert "The data of the federation" in text
         for absent in ("Missing values", "Ranges", "What goes with what", "In all some"):
             assert absent not in text
+
+    def test_texts_have_kinds_of_characters(self) -> None:
+        levels = [{"name": "digits", **share(0.1, 0.09, 0.11)}]
+        column = {"name": "characters", "kind": "text", "label": False, "levels": levels}
+        told = {"modality": "text", "units": 9.0, "columns": [column]}
+        text = page(sources(statistics={**told, "interval": {"level": 0.95}})).text
+        assert "Kinds of characters" in text
+        assert "10.0 % (9.0-11.0)" in text
+        assert "Missing values" not in text
+        assert "Representation of groups" not in text
 
     def test_shares_of_one_are_not_more(self) -> None:
         told = federation()
@@ -476,7 +486,8 @@ def evil_statistics() -> dict[str, Any]:
             return [made(value) for value in found]
         return f"{EVIL}{found}" if isinstance(found, str) and found else found
 
-    return made(federation())
+    found: dict[str, Any] = made(federation())
+    return found
 
 
 class TestTheFile:

@@ -391,7 +391,7 @@ class TestAsked:
         assert folder.asked() == Asked(round=0, evaluation=0)
 
     def test_the_last_note_counts(self, folder: RunFolder) -> None:
-        for note in (Asked(1, 0), Asked(2, 1), Asked(3, 1)):
+        for note in (Asked(0, 0, 1), Asked(1, 0, 1), Asked(2, 1, 1), Asked(3, 1, 1)):
             folder.ask(note)
             assert RunFolder(folder.path).asked() == note
 
@@ -479,6 +479,7 @@ def point(number: int) -> Checkpoint:
         evaluated=Evaluated(count=2, round=number - 1, quality=quality, noises=6, sums=sums),
         ledgers={1: (12, "a" * 64), 4611686018427387904: (7, "b" * 64)},
         seconds=1.125,
+        described=True,
     )
 
 
