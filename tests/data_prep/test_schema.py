@@ -153,8 +153,14 @@ def test_nothing_at_all_is_no_category(missing: list[str]) -> None:
         ({}, "column: missing"),
         ({"column": AGE}, "column = "),
         ({"column": [AGE], "colunm": []}, 'colunm: unknown key; did you mean "column"?'),
-        ({"column": [AGE], "modality": "video"}, "modality = 'video': must be table or image"),
-        ({"column": [AGE], "modality": ["table"]}, "modality = ['table']: must be table or image"),
+        (
+            {"column": [AGE], "modality": "video"},
+            "modality = 'video': must be table, image or text",
+        ),
+        (
+            {"column": [AGE], "modality": ["table"]},
+            "modality = ['table']: must be table, image or text",
+        ),
     ],
 )
 def test_a_bad_table_is_refused(raw: dict[str, Any], line: str) -> None:
@@ -374,7 +380,7 @@ def test_every_modality_is_registered(schema: Schema) -> None:
 
 
 def test_all_registered_modalities_have_a_schema() -> None:
-    assert set(MODALITIES) == {"table", "image"}
+    assert set(MODALITIES) == {"table", "image", "text"}
 
 
 # What was read off the data and nobody confirmed.
