@@ -94,6 +94,15 @@ class TestScores:
             1 / 3, rel=0.15
         )
 
+    @pytest.mark.parametrize("multiplier", [0.0, 1.0, 30.0])
+    def test_lie_within_their_bounds_whatever_the_noise(self, multiplier: float) -> None:
+        """They are as tight as no guess at all: a loss has no more noise than that asks for."""
+        module = fitted(WORDS * 30, multiplier)
+        low, high = score_bounds(module)
+        strange = ["Zounds! A hat", "cat the sat", "the CAT sat...", "\u00e9t\u00e9"]
+        found = scores(module, batch(WORDS + strange))
+        assert ((low <= found) & (found <= high)).all()
+
     def test_no_records_have_none(self) -> None:
         module = build(OPTIONS, SCHEMA)
         empty = Batch(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))
