@@ -69,6 +69,7 @@ def refusal(raw: dict[str, Any]) -> str:
         ),
         ({**SEX, "name": "a", "bounds": [0, 1]}, 'column "a": bounds and transform are for'),
         ({**SEX, "name": "a", "transform": "log1p"}, 'column "a": bounds and transform are for'),
+        ({**SEX, "name": "a", "bins": 3}, 'column "a": bins are for numbers'),
         ({"name": "a", "kind": "numeric"}, 'column "a": bounds: declare [low, high]'),
         (
             {"name": "a", "kind": "integer", "bounds": [2, 1]},
