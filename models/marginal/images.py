@@ -31,6 +31,10 @@ _BLUR = 0.25
 """Of a coefficient in scores: no record is farther off than the Gaussian is narrow."""
 _LEAST_SHARE = 0.01
 """Of an even share: that of a class that the noise hides."""
+_CONTRAST = 0.6
+"""Most variance of a pixel, in parts of that of one which is black or white: more is mostly noise.
+
+It takes white specks from black backgrounds, and did better than 0.95 on MNIST at epsilon 1."""
 _WIDEST = 3.0
 """Of a pixel's Gaussian before clipping, in ranges of a pixel."""
 _STEPS = 40
@@ -195,15 +199,15 @@ def _pixels(gaussians: ImageGaussians, mean: Tensor, factor: Tensor) -> tuple[Te
 def rectified(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of Gaussians that, clipped to [0, 1], have a mean and a variance.
 
-    A variance is at most mean (1 - mean), that of a pixel which is black or white; what cannot be
-    met is met as nearly as a spread of `_WIDEST` does.
+    A variance counts for at most `_CONTRAST` of mean (1 - mean), that of a pixel which is black or
+    white; what cannot be met is met as nearly as a spread of `_WIDEST` does.
 
     Args:
         mean: Of each pixel, any shape, float64.
         variance: In the same shape.
     """
     mean = mean.clamp(1e-3, 1 - 1e-3)
-    variance = torch.minimum(variance.clamp(min=1e-6), 0.95 * mean * (1 - mean))
+    variance = torch.minimum(variance.clamp(min=1e-6), _CONTRAST * mean * (1 - mean))
     middle, spread = mean.clone(), variance.sqrt()
     for _ in range(_STEPS):
         first, second = _clipped_moments(middle, spread)

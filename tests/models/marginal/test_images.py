@@ -150,7 +150,7 @@ class TestScores:
 
 
 class TestRectified:
-    @given(mean=st.floats(0.02, 0.98), share=st.floats(0.05, 0.7))
+    @given(mean=st.floats(0.02, 0.98), share=st.floats(0.05, 0.6))
     def test_has_the_moments_after_clipping(self, mean: float, share: float) -> None:
         variance = share * mean * (1 - mean)
         wanted = torch.tensor([mean, variance], dtype=torch.float64)
@@ -159,6 +159,13 @@ class TestRectified:
         clipped = (middle + spread * normal).clamp(0, 1)
         assert clipped.mean().item() == pytest.approx(mean, abs=0.02)
         assert clipped.var().item() == pytest.approx(variance, abs=0.01)
+
+    def test_leaves_black_pixels_without_specks(self) -> None:
+        """Noise says a variance that no dark pixel has."""
+        middle, spread = images.rectified(*torch.tensor([[0.02], [0.5]], dtype=torch.float64))
+        assert spread.item() < 1
+        bright = torch.special.ndtr((middle - 0.5) / spread).item()
+        assert bright < 0.03
 
     def test_takes_a_grey_pixel_as_it_is(self) -> None:
         middle, spread = images.rectified(*torch.tensor([[0.5], [0.0001]], dtype=torch.float64))
