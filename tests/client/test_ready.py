@@ -215,7 +215,8 @@ class TestAQuestion:
             assert found == Refused("", 0, 0, Refusal.CONFIGURATION)
 
     @pytest.mark.parametrize(
-        "changes", [{"round": 1}, {"evaluation": 1}, {"arrays": {"w": np.zeros(1)}}]
+        "changes",
+        [{"round": 1}, {"evaluation": 1}, {"statistics": 1}, {"arrays": {"w": np.zeros(1)}}],
     )
     def test_asks_for_nothing_more(
         self, ask: Asked, config: RunConfig, changes: dict[str, Any]

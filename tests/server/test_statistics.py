@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fedveil
 from fedveil.client import work
 from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep import Encoded, run_schema
-from fedveil.data_prep.queries import answers, noisy, run_workload
+from fedveil.data_prep.queries import Noisy, answers, noisy, run_workload
+from fedveil.data_prep.schema import TableSchema
 from fedveil.ledgers import find
+from fedveil.models import Batch
 from fedveil.privacy.ledger import verify
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
@@ -35,6 +38,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is begun in a moment; what it is trained on is `warm_start`'s."""
     monkeypatch.setattr(warm_start, "_STEPS", 3)
     monkeypatch.setattr(warm_start, "_SAMPLES", 50)
+
+    def anything(schema: TableSchema, statistics: Noisy, generator: torch.Generator) -> Batch:
+        del statistics
+        x = torch.rand(50, schema.width, generator=generator)
+        return Batch(x, torch.zeros(50, dtype=torch.int64))
+
+    monkeypatch.setattr(warm_start, "_samples", anything)
 
 
 @pytest.fixture
@@ -135,7 +145,7 @@ class TestReleased:
         workload = run_workload(config, schema, 2.0)
         found = Released(workload, np.zeros(workload.length), 1.0)
         keep(folder, found, "run-b", config, schema, priced)
-        with pytest.raises(FedveilError, match="is of run run-b, not run-a$"):
+        with pytest.raises(FedveilError, match=r"is of run run-b, not run-a$"):
             kept(folder, "run-a", config, schema, priced)
         raw = (tmp_path / FILE).read_bytes()
         (tmp_path / FILE).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -219,16 +229,11 @@ def cut(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:  # noqa
 
 
 class TestACrash:
-    def lost(
-        self,
-        config: RunConfig,
-        out: Path,
-        owner: Any,
-        name: str,  # noqa: ANN401
-    ) -> None:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    def lost(self, config: RunConfig, out: Path, owner: Any, name: str) -> None:  # noqa: ANN401
+        with pytest.MonkeyPatch.context() as patch:
             cut(patch, owner, name)
-            fedveil.simulate(config, out=out)
+            with pytest.raises(Killed):
+                fedveil.simulate(config, out=out)
 
     def test_before_the_answers_came_the_rounds_go_on_without(
         self, config: RunConfig, tmp_path: Path
@@ -329,16 +334,17 @@ class TestPostProcessing:
         assert models[0] == models[1]
 
 
-class TestSites:
-    SECTIONS: dict[str, Any] = {
-        **TABLE,
-        "federation": {"sites": 4, "rounds": 2},
-        "statistics": {"marginals": [["diagnosis", "mean_radius"]]},
-    }
+SECTIONS: dict[str, Any] = {
+    **TABLE,
+    "federation": {"sites": 4, "rounds": 2},
+    "statistics": {"marginals": [["diagnosis", "mean_radius"]]},
+}
 
+
+class TestSites:
     def world(self, open_world: OpenWorld, **privacy: Any) -> Any:  # noqa: ANN401
         options = {"epsilon": 2.0, "statistics_share": 0.5, **privacy}
-        return open_world(**self.SECTIONS, privacy=options)
+        return open_world(**SECTIONS, privacy=options)
 
     @pytest.mark.parametrize("mechanism", ["distributed", "central", "local"])
     def test_debit_before_a_record_is_read(
