@@ -20,8 +20,8 @@ from fedveil.client.site import Records, Side, Site
 from fedveil.client.statistics import statistics_sums
 from fedveil.client.work import parts_of
 from fedveil.config import RunConfig
-from fedveil.data_prep.queries import run_workload
-from fedveil.data_prep.queries.workload import SLACK
+from fedveil.data_prep.queries import run_workload, tables
+from fedveil.data_prep.queries.workload import SLACK, Workload
 from fedveil.data_prep.schema import Schema, parse_schema
 from fedveil.models import Batch
 from fedveil.models.state import Arrays
@@ -54,6 +54,17 @@ def side(rows: list[tuple[int, int]], persons: list[int] | None = None, levels: 
         x[place, kind] = 1.0
     labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
     return Side(Batch(x, labels), None if persons is None else torch.tensor(persons))
+
+
+@pytest.fixture(autouse=True)
+def _unweighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each query weighs is the workload's own business."""
+    real = tables.workload
+
+    def plain(*arguments: Any) -> Workload:  # noqa: ANN401
+        return Workload(tuple(replace(q, weight=1.0) for q in real(*arguments).queries))
+
+    monkeypatch.setattr(tables, "workload", plain)
 
 
 ROWS = [row for row, count in COUNTS.items() for _ in range(count)]
