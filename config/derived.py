@@ -104,7 +104,9 @@ class Derived(Options):
             return self.privacy.statistics_share
         if self.model.family == "marginal":
             return 1.0
-        return 0.0 if self.unit == "site" else _STATISTICS_SHARES.get(modality)
+        if self.unit == "site" or (modality != "table" and not self.model.warm_start):
+            return 0.0  # drowned, or of no use: only tables learn how to scale from them, too
+        return _STATISTICS_SHARES.get(modality)
 
     @property
     def rounds(self) -> int:

@@ -19,7 +19,7 @@ from fedveil.client import work
 from fedveil.client.site import Records, Side, Site
 from fedveil.client.statistics import statistics_sums
 from fedveil.client.work import parts_of
-from fedveil.config import RunConfig
+from fedveil.config import MechanismName, RunConfig
 from fedveil.data_prep.queries import run_workload, tables
 from fedveil.data_prep.queries.workload import SLACK, Workload
 from fedveil.data_prep.schema import Schema, parse_schema
@@ -92,7 +92,7 @@ def _priced(config: RunConfig) -> Plan:
     return replace(plan(config), statistics_noise=2.0)
 
 
-def of(priced: Plan, mechanism: str, **changes: Any) -> Plan:  # noqa: ANN401
+def of(priced: Plan, mechanism: MechanismName, **changes: Any) -> Plan:  # noqa: ANN401
     numbers = Numbers(3, 3, 3, 1) if mechanism == "distributed" else None
     return replace(priced, mechanism=mechanism, numbers=numbers, **changes)
 
@@ -104,7 +104,7 @@ def norm_of(arrays: Arrays) -> float:
 class TestSums:
     @pytest.mark.parametrize("mechanism", ["none", "central", "distributed"])
     def test_are_exact_where_the_noise_comes_later(
-        self, config: RunConfig, priced: Plan, coins: Coins, mechanism: str
+        self, config: RunConfig, priced: Plan, coins: Coins, mechanism: MechanismName
     ) -> None:
         found = statistics_sums(side(ROWS), config, SCHEMA, of(priced, mechanism), coins)
         assert found.keys() == {"answers"}
@@ -187,7 +187,9 @@ class TestSums:
         monkeypatch.setattr(Coins, "gaussian", noted)
         whole = replace(priced, mechanism="site", unit="site", statistics_units=4.0)
         statistics_sums(side(ROWS), config, SCHEMA, whole, Coins(bytes(32)))
-        assert asked == [((4,), pytest.approx(2.0 * 4.0 * SLACK))]
+        [(shape, scale)] = asked
+        assert shape == (4,)
+        assert scale == pytest.approx(2.0 * 4.0 * SLACK)
 
 
 class FakeSite:
