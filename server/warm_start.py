@@ -5,7 +5,8 @@ impute, and is trained on samples of the `marginal` generator as on any public d
 post-processing of one release, from public randomness.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,27 @@ def begin(
         statistics: The released sums.
         model: Initial parameters by public randomness.
     """
+    with _one_thread():
+        return _begun(config, schema, statistics, model)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last bits of sums hang on how many threads make them; the models are too small for two.
+
+    What is simulated is then what is deployed, to the bit.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _begun(
+    config: RunConfig, schema: Schema, statistics: Noisy, model: Mapping[str, np.ndarray]
+) -> Begun:
     kind = family(config.model.family)
     generator = torch.Generator().manual_seed(config.federation.seed)
     if kind.fit is not None:

@@ -54,6 +54,8 @@ PATIENCE = 240.0  # seconds for anything at all, on a machine that does other th
 SETTINGS: dict[str, Any] = {
     "federation.sites": 4, "federation.rounds": ROUNDS, "federation.patience": 5.0,
     "evaluation.every": 0, "evaluation.samples": 200,
+    # With a round of statistics, and without half a minute of training on what they say.
+    "privacy.statistics_share": 0.3, "model.warm_start": False,
 }  # fmt: skip
 
 
@@ -156,7 +158,9 @@ class Deployment:
 
     def submit(self, **settings: object) -> str:
         given = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
-        options = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+        options = [
+            part for key, value in given.items() for part in ("--set", f"{key}={_toml(value)}")
+        ]
         told = self.call("submit", EXAMPLE, "--kit", self.operator, *options, "--json")
         return str(json.loads(told)["run"])
 
@@ -167,6 +171,10 @@ class Simulated:
 
     run: fedveil.Run
     parts: tuple[Any, ...]
+
+
+def _toml(value: object) -> object:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def config_of() -> RunConfig:
