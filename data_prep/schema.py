@@ -6,6 +6,7 @@ What a draft read off the data is marked as `unconfirmed`; no run takes a schema
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class Column(Options):
             return "categories and aliases are for categorical columns"
         if self.transform == "log1p" and self.bounds[0] < 0:
             return "transform: log1p needs a lower bound >= 0"
+        if self.transform == "log1p" and math.log1p(self.bounds[0]) >= math.log1p(self.bounds[1]):
+            return "transform: log1p makes one number of both bounds; leave it out"
         return None
 
     @property
@@ -209,9 +212,13 @@ PADDING = 256
 
 
 def tokens_of(x: "np.ndarray") -> "np.ndarray":
-    """The tokens of encoded texts: x [N, length], a token over `PADDING` each, -> int64."""
-    found: np.ndarray = (x * PADDING).round().clip(0, PADDING).astype("int64")
-    return found
+    """The tokens of encoded texts: x [N, length], a token over `PADDING` each, -> int64.
+
+    Whatever stands in x becomes a token: what is no number ends its record.
+    """
+    found: np.ndarray = (x * PADDING).round().clip(0, PADDING)
+    found[found != found] = PADDING
+    return found.astype("int64")
 
 
 class TextSchema(Options):

@@ -21,7 +21,7 @@ from ..modality import Encoded
 from ..schema import TableSchema
 from ..words import nearest, quoted
 from .cells import Cells, cells, codes
-from .workload import Noisy, Query, Workload, clipped_sum
+from .workload import Noisy, Query, Workload, clipped_sum, rows_at_a_time
 
 _SINGLE_WEIGHT = 2.0
 _FINE_WEIGHT = 0.5
@@ -177,22 +177,18 @@ def answers(
     Returns:
         [asked.length] float64, weighted.
     """
-    columns, values = _entries(asked, records, schema)
-    if persons is None:
-        total = np.zeros(asked.length)
-        for places, entries in zip(columns, values, strict=True):
-            total += np.bincount(places, entries, minlength=asked.length)
-        return total
-    count, each = len(records.y), len(columns)
-    rows = sparse.csr_array(
-        (
-            np.stack(values, axis=1).ravel() if each else np.zeros(0),
-            np.stack(columns, axis=1).ravel() if each else np.zeros(0, dtype=np.int64),
-            np.arange(count + 1) * each,
-        ),
-        shape=(count, asked.length),
-    )
-    return clipped_sum(rows, asked.norm, persons)
+    total = np.zeros(asked.length)
+    for block in rows_at_a_time(len(records.y), len(asked.queries), persons):
+        columns, values = _entries(asked, records.take(block), schema)
+        if persons is None:
+            places, added = np.concatenate(columns), np.concatenate(values)
+            total += np.bincount(places, added, minlength=asked.length)
+            continue
+        ends = np.arange(len(block) + 1) * len(columns)
+        entries = np.stack(values, axis=1).ravel(), np.stack(columns, axis=1).ravel(), ends
+        rows = sparse.csr_array(entries, shape=(len(block), asked.length))
+        total += clipped_sum(rows, asked.norm, persons[block])
+    return total
 
 
 def _entries(
