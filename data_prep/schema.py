@@ -72,9 +72,12 @@ class Column(Options):
             return "bounds: must be whole, for the column is"
         if self.categories or self.aliases:
             return "categories and aliases are for categorical columns"
-        if self.transform == "log1p" and self.bounds[0] < 0:
+        return self._transform_fault(*self.bounds) if self.transform == "log1p" else None
+
+    def _transform_fault(self, low: float, high: float) -> str | None:
+        if low < 0:
             return "transform: log1p needs a lower bound >= 0"
-        if self.transform == "log1p" and math.log1p(self.bounds[0]) >= math.log1p(self.bounds[1]):
+        if math.log1p(low) >= math.log1p(high):
             return "transform: log1p makes one number of both bounds; leave it out"
         return None
 
@@ -217,7 +220,7 @@ def tokens_of(x: "np.ndarray") -> "np.ndarray":
     Whatever stands in x becomes a token: what is no number ends its record.
     """
     found: np.ndarray = (x * PADDING).round().clip(0, PADDING)
-    found[found != found] = PADDING
+    found[~(found >= 0)] = PADDING
     return found.astype("int64")
 
 

@@ -476,10 +476,8 @@ def _not_claimed(run: _Run) -> list[str]:
         return ["that a site took part is not hidden, only its data"]
     if person is None and run.schema.modality == "text":
         length = run.schema.shape[0]
-        return [
-            f"a text of several records is not hidden, only each record of {length} bytes; what is "
-            "put into a plain text moves all records behind it"
-        ]
+        several = f"a text of several records is not hidden, only each record of {length} bytes"
+        return [f"{several}; what is put into a plain text moves all records behind it"]
     if person is None:
         return []
     if unit == "record":

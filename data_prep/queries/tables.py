@@ -92,7 +92,9 @@ def workload(
     features = [c.column for c in described if c is not label]
     singles = [marginal([*by, name], described, _SINGLE_WEIGHT) for name in features]
     _check_cells([*always, *singles], described, options)
-    pairs = [marginal([*by, *two], described) for two in combinations(features, 2)]
+    found = {column.column: column for column in described}  # of thousands of columns, not all
+    named = [(*by, *two) for two in combinations(features, 2)]
+    pairs = [marginal(names, map(found.__getitem__, names)) for names in named]
     pairs = _affordable(pairs, [*always, *singles], options, units / max(noise_multiplier, 1e-9))
     return Workload((*always, *singles, *pairs))
 

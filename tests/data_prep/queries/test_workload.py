@@ -90,7 +90,7 @@ class TestRowsAtATime:
     ) -> None:
         whose = np.array(persons, dtype=np.int64)
         blocks = [block.tolist() for block in rows_at_a_time(len(persons), each, whose)]
-        assert sorted(sum(blocks, [])) == list(range(len(persons)))
+        assert sorted(place for block in blocks for place in block) == list(range(len(persons)))
         of_blocks = [set(whose[block].tolist()) for block in blocks]
         assert sum(map(len, of_blocks)) == len(set(persons))
 
