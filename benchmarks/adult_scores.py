@@ -46,7 +46,7 @@ def aurocs(train: Encoded, test: Encoded, seed: int = 0) -> dict[str, float]:
 
     models = {
         "logistic": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-        "forest": RandomForestClassifier(200, random_state=seed),
+        "forest": RandomForestClassifier(200, min_samples_leaf=5, random_state=seed),
         "boosting": HistGradientBoostingClassifier(random_state=seed),
     }
     if len(np.unique(train.y)) < 2:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from adult_scores import aurocs
 from harness import Report, start
-from quality import ADULT, ROOT, aurocs, encoded
+from quality import ADULT, ROOT, encoded
 
 import fedveil
 from fedveil.config import Clean, load_config

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from adult_scores import aurocs
 from harness import Report, start
 
 import fedveil
@@ -112,24 +113,6 @@ def encoded(path: Path, schema: Schema) -> Encoded:
     kind = modality(schema)
     cleaned, _ = kind.clean(kind.read(str(path), schema), schema, Clean())
     return kind.encode(cleaned, schema)
-
-
-def aurocs(train: Encoded, test: Encoded) -> dict[str, float]:
-    """By classifier: trained on the one, tested on the other."""
-    from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-
-    models = {
-        "logistic": LogisticRegression(max_iter=1000),
-        "forest": RandomForestClassifier(100, min_samples_leaf=5, random_state=0),
-        "boosting": HistGradientBoostingClassifier(random_state=0),
-    }
-    scores = {}
-    for name, model in models.items():
-        chances = model.fit(train.x, train.y).predict_proba(test.x)[:, 1]
-        scores[name] = float(roc_auc_score(test.y, chances))
-    return scores
 
 
 def _add(

@@ -40,7 +40,9 @@ _LEARNING_RATES: Mapping[StrategyName, float] = {
 _SERVER_STEPS: tuple[StrategyName, ...] = ("adam", "sgd")
 # More records a step drown the noise, at more seconds a round; beyond this the gain was small.
 _EXPECTED_BATCH = 512
-# As measured (benchmarks/results/shares.json).
+# As measured on Adult: who begins well is thrown back by steps that are mostly noise.
+_AFTER_WARM_START = 0.2
+# As measured (benchmarks/statistics_share.py): flat between a half and all of it, below that worse.
 _STATISTICS_SHARES: Mapping[str, float] = {"table": 0.5, "image": 0.5, "text": 0.5}
 # Under `site`, every evaluation is of the same records as the training, and of its budget.
 _EVALUATED_SHARE = 0.1
@@ -104,7 +106,9 @@ class Derived(Options):
             return self.privacy.statistics_share
         if self.model.family == "marginal":
             return 1.0
-        return 0.0 if self.unit == "site" else _STATISTICS_SHARES.get(modality)
+        if self.unit == "site" or (modality != "table" and not self.model.warm_start):
+            return 0.0  # drowned, or of no use: only tables learn how to scale from them, too
+        return _STATISTICS_SHARES.get(modality)
 
     @property
     def rounds(self) -> int:
@@ -201,7 +205,8 @@ class Derived(Options):
     @property
     def learning_rate(self) -> float:
         """The learning rate in force."""
-        return self.training.learning_rate or _LEARNING_RATES[self.strategy]
+        after = _AFTER_WARM_START if self.warm_start else 1.0
+        return self.training.learning_rate or after * _LEARNING_RATES[self.strategy]
 
     @property
     def min_replies(self) -> int:

@@ -231,7 +231,7 @@ class MarginalOptions(Options):
         256, ge=1, le=4096, description="Tables: products of columns that are mixed."
     )
     steps: Count = Field(
-        400, description="Tables: steps of the fit, at the server; they cost no privacy."
+        800, description="Tables: steps of the fit, at the server; they cost no privacy."
     )
 
 

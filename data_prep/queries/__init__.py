@@ -8,13 +8,18 @@ from types import ModuleType
 
 import numpy as np
 
-from ...config import RunConfig, Statistics
+from ...config import ConfigError, RunConfig, Statistics
 from ..modality import Encoded
 from ..schema import Schema
 from .workload import Noisy, Query, Workload, noisy
 
 __all__ = ["Noisy", "Query", "Workload", "answers", "noisy", "run_workload", "workload"]
 
+_OWN_OPTIONS = {
+    "marginals": ("table", ()),
+    "image_coefficients": ("image", None),
+    "image_covariances": ("image", None),
+}
 _MODULES = {"image": ".images", "table": ".tables", "text": ".texts"}
 
 
@@ -30,8 +35,11 @@ def workload(
         noise_multiplier: Standard deviation of the noise over the vector's sensitivity; 0 for none.
 
     Raises:
-        ConfigError: It would have too many cells.
+        ConfigError: It would have too many cells, or an option is for another kind of data.
     """
+    for name, (modality, default) in _OWN_OPTIONS.items():
+        if schema.modality != modality and getattr(options, name) != default:
+            raise ConfigError(f"statistics.{name}: goes with {modality}s only; leave it out")
     found: Workload = _module(schema).workload(schema, options, units, noise_multiplier)
     return found
 

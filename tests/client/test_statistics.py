@@ -19,9 +19,9 @@ from fedveil.client import work
 from fedveil.client.site import Records, Side, Site
 from fedveil.client.statistics import statistics_sums
 from fedveil.client.work import parts_of
-from fedveil.config import RunConfig
-from fedveil.data_prep.queries import run_workload
-from fedveil.data_prep.queries.workload import SLACK
+from fedveil.config import MechanismName, RunConfig
+from fedveil.data_prep.queries import run_workload, tables
+from fedveil.data_prep.queries.workload import SLACK, Workload
 from fedveil.data_prep.schema import Schema, parse_schema
 from fedveil.models import Batch
 from fedveil.models.state import Arrays
@@ -56,6 +56,17 @@ def side(rows: list[tuple[int, int]], persons: list[int] | None = None, levels: 
     return Side(Batch(x, labels), None if persons is None else torch.tensor(persons))
 
 
+@pytest.fixture(autouse=True)
+def _unweighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each query weighs is the workload's own business."""
+    real = tables.workload
+
+    def plain(*arguments: Any) -> Workload:  # noqa: ANN401
+        return Workload(tuple(replace(q, weight=1.0) for q in real(*arguments).queries))
+
+    monkeypatch.setattr(tables, "workload", plain)
+
+
 ROWS = [row for row, count in COUNTS.items() for _ in range(count)]
 
 
@@ -81,7 +92,7 @@ def _priced(config: RunConfig) -> Plan:
     return replace(plan(config), statistics_noise=2.0)
 
 
-def of(priced: Plan, mechanism: str, **changes: Any) -> Plan:  # noqa: ANN401
+def of(priced: Plan, mechanism: MechanismName, **changes: Any) -> Plan:  # noqa: ANN401
     numbers = Numbers(3, 3, 3, 1) if mechanism == "distributed" else None
     return replace(priced, mechanism=mechanism, numbers=numbers, **changes)
 
@@ -93,7 +104,7 @@ def norm_of(arrays: Arrays) -> float:
 class TestSums:
     @pytest.mark.parametrize("mechanism", ["none", "central", "distributed"])
     def test_are_exact_where_the_noise_comes_later(
-        self, config: RunConfig, priced: Plan, coins: Coins, mechanism: str
+        self, config: RunConfig, priced: Plan, coins: Coins, mechanism: MechanismName
     ) -> None:
         found = statistics_sums(side(ROWS), config, SCHEMA, of(priced, mechanism), coins)
         assert found.keys() == {"answers"}
@@ -176,7 +187,9 @@ class TestSums:
         monkeypatch.setattr(Coins, "gaussian", noted)
         whole = replace(priced, mechanism="site", unit="site", statistics_units=4.0)
         statistics_sums(side(ROWS), config, SCHEMA, whole, Coins(bytes(32)))
-        assert asked == [((4,), pytest.approx(2.0 * 4.0 * SLACK))]
+        [(shape, scale)] = asked
+        assert shape == (4,)
+        assert scale == pytest.approx(2.0 * 4.0 * SLACK)
 
 
 class FakeSite:

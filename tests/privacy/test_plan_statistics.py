@@ -13,6 +13,7 @@ from dp_accounting.pld import PLDAccountant
 
 from fedveil.config import RunConfig
 from fedveil.privacy import plan as plan_module
+from fedveil.privacy import shared_noise
 from fedveil.privacy.books import order
 from fedveil.privacy.plan import Plan, plan
 
@@ -234,7 +235,7 @@ class TestSlack:
         self, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         counted = []
-        real = plan_module.slack
+        real = shared_noise.slack
 
         def noted(releases: int, *rest: Any) -> tuple[float, float]:  # noqa: ANN401
             counted.append(releases)

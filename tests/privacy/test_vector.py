@@ -324,14 +324,13 @@ class TestStatistics:
         self, price: Callable[..., Plan], coins: Coins, mechanism: str, records: int, noise: float
     ) -> None:
         """Each site's word has room for it, and for its own noise."""
-        found = replace(
-            price(mechanism, **SOON), numbers=Numbers(10, 6, 9, 1), statistics_noise=noise
-        )
+        numbers = Numbers(10, 6, 9, 1)
+        found = replace(price(mechanism, **SOON), numbers=numbers, statistics_noise=noise)
         release = describing(found, records, length=50)
         [one] = placed([release], found)
         assert one.block.scale * release.bound <= (2**31 - 1) / 10
         count = 0.995 * 4 * records / 10
-        made = words({"statistics": {"a": np.full(50, count)}}, [one], found.numbers, coins)
+        made = words({"statistics": {"a": np.full(50, count)}}, [one], numbers, coins)
         sent = reals(made, [one])["statistics"]
         share = one.block.sigma / one.block.scale
         assert sent == pytest.approx(np.full(50, count), abs=6 * share + 2 / one.block.scale)
@@ -348,7 +347,8 @@ class TestStatistics:
         [one] = placed([release], found)
         zeros = {"statistics": {"a": np.zeros(4000)}}
         made = [words(zeros, [one], numbers, coins) for _ in range(10)]
-        total = reals(np.sum(made, axis=0, dtype=np.uint32), [one])["statistics"]
+        summed = np.add.reduce(np.stack(made), axis=0, dtype=np.uint32)
+        total = reals(summed, [one])["statistics"]
         told = rounding(release, one.block, found) * 0.5 * 2.0 * math.sqrt(10 / 8)
         low, high = chi2.ppf([ALARM / 2, 1 - ALARM / 2], 4000)
         assert low < float(np.square(total / told).sum()) < high

@@ -23,8 +23,8 @@ def association(table: np.ndarray, noise: float, total: float | None = None) -> 
     assert first is not None
     assert second is not None
     whole = float(table.sum()) if total is None else total
-    spread = noise * math.sqrt(table.size)
-    return cramers_v(table, np.full(table.shape, noise), (first, second), whole, spread)
+    of_all = noise * math.sqrt(table.size)
+    return cramers_v(table, np.full(table.shape, noise), (first, second), whole, of_all)
 
 
 def true_v(table: np.ndarray) -> float:

@@ -13,12 +13,14 @@ import torch
 
 import fedveil
 from fedveil.client import work
+from fedveil.client.statistics import statistics_sums
 from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep import Encoded, run_schema
 from fedveil.data_prep.queries import Noisy, answers, noisy, run_workload
 from fedveil.data_prep.schema import TableSchema
 from fedveil.ledgers import find
 from fedveil.models import Batch
+from fedveil.models.state import to_bytes
 from fedveil.privacy.ledger import verify
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.plan import Plan, plan
@@ -151,10 +153,10 @@ class TestReleased:
         (tmp_path / FILE).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
         with pytest.raises(FedveilError, match="is damaged"):
             kept(folder, "run-b", config, schema, priced)
-        (tmp_path / FILE).write_bytes(statistics.to_bytes({"other": np.zeros(3)}, {"run_id": "x"}))
+        (tmp_path / FILE).write_bytes(to_bytes({"other": np.zeros(3)}, {"run_id": "x"}))
         with pytest.raises(FedveilError, match="holds no statistics of this run"):
             kept(folder, "x", config, schema, priced)
-        short = statistics.to_bytes({"answers": np.zeros(3)}, {"run_id": "x", "scale": 1.0})
+        short = to_bytes({"answers": np.zeros(3)}, {"run_id": "x", "scale": 1.0})
         (tmp_path / FILE).write_bytes(short)
         with pytest.raises(FedveilError, match="holds no statistics of this run"):
             kept(folder, "x", config, schema, priced)
@@ -352,7 +354,7 @@ class TestSites:
     ) -> None:
         world = self.world(open_world, mechanism=mechanism)
         seen = []
-        real = work.statistics_sums
+        real = statistics_sums
 
         def noted(*arguments: Any) -> Any:  # noqa: ANN401
             seen.append([world.entries(number) for number in world.sites])

@@ -57,7 +57,7 @@ class TestCells:
     def test_of_another_number_are_equal_parts(self) -> None:
         pay = cells_of(Column.model_validate({**PAY, "bins": 4}))
         assert pay.names == ("0 to 2", "2 to 4", "4 to 6", "6 to 8", "missing")
-        assert pay.edges == (0, 0.25, 0.5, 0.75, 1)
+        assert list(pay.edges) == [0, 0.25, 0.5, 0.75, 1]
         assert pay.fine_count == 101  # and "missing"
         assert np.bincount(pay.parts).tolist() == [25, 25, 25, 25, 1]
 

@@ -63,7 +63,8 @@ def fitted(schema: TableSchema, records: Encoded, z: float = 0.0, **more: Any) -
 
 
 def one_hot(codes: np.ndarray, count: int) -> np.ndarray:
-    return np.eye(count, dtype=np.float32)[codes]
+    rows: np.ndarray = np.eye(count, dtype=np.float32)[codes]
+    return rows
 
 
 def people(n: int = 4000) -> tuple[TableSchema, Encoded]:
@@ -86,13 +87,14 @@ class TestFit:
         drawn = tables.sample(fitted(schema, records), 4000, gen())
         x, real = drawn.x.numpy(), records.x
         np.testing.assert_allclose(x[:, :5].mean(0), real[:, :5].mean(0), atol=0.02)
-        together = [(a[:, :3].T @ a[:, 3:5]) / len(a) for a in (x, real)]
-        np.testing.assert_allclose(*together, atol=0.02)
+        ours, theirs = ((a[:, :3].T @ a[:, 3:5]) / len(a) for a in (x, real))
+        np.testing.assert_allclose(ours, theirs, atol=0.02)
         assert x[:, 5].mean() == pytest.approx(real[:, 5].mean(), abs=0.02)
         assert drawn.y.float().mean().item() == pytest.approx(records.y.mean(), abs=0.02)
         for label in (0, 1):
             ages = x[drawn.y.numpy() == label, 5], real[records.y == label, 5]
-            np.testing.assert_allclose(*(np.quantile(a, [0.1, 0.5, 0.9]) for a in ages), atol=0.06)
+            ours, theirs = (np.quantile(a, [0.1, 0.5, 0.9]) for a in ages)
+            np.testing.assert_allclose(ours, theirs, atol=0.06)
 
     def test_what_is_missing_is_encoded_as_such(self) -> None:
         schema, records = people()
