@@ -26,6 +26,7 @@ from .workload import Noisy, Query, Workload, clipped_sum, rows_at_a_time
 _SINGLE_WEIGHT = 2.0
 _FINE_WEIGHT = 0.5
 _MOMENTS_WEIGHT = 0.5
+_NO_COUNTS = 1e-9  # nor is there a way to divide evenly by much less
 _LEAST_SIGNAL = 0.15
 """A pair of columns is asked if its mean count is so many times the noise of a cell."""
 
@@ -345,7 +346,7 @@ def quantiles(counts: np.ndarray, edges: np.ndarray, q: Sequence[float]) -> np.n
     """
     sums = np.concatenate([[0.0], np.cumsum(counts)])
     rising = (np.maximum.accumulate(sums) + np.minimum.accumulate(sums[::-1])[::-1]) / 2
-    if rising[-1] <= rising[0]:
+    if rising[-1] - rising[0] <= _NO_COUNTS:
         rising = np.arange(len(edges), dtype=np.float64)
     wanted = rising[0] + np.asarray(q) * (rising[-1] - rising[0])
     found: np.ndarray = np.interp(wanted, rising, edges)

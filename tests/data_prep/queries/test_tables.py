@@ -314,6 +314,10 @@ class TestEstimates:
         found = queries.quantiles(np.array([2.0, 0, 2]), edges, [0.25, 0.75, 1])
         assert found.tolist() == pytest.approx([0.5, 2.5, 3])
         assert queries.quantiles(np.zeros(3), edges, [0.5]).tolist() == [1.5]
+        assert queries.quantiles(np.full(3, 1e-309), edges, [0.1, 0.5]).tolist() == [
+            pytest.approx(0.3),
+            1.5,
+        ]
 
     @given(hnp.arrays(np.float64, 6, elements=st.floats(-50, 50)))
     def test_quantiles_rise_and_stay_within_the_edges(self, counts: np.ndarray) -> None:
