@@ -49,7 +49,8 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
         for one in event["refused"]:
             yield f"site {one['site']} will refuse: {one['reason']}"
     if kind == "statistics":
-        yield f"statistics: {event['cells']:,} noisy cells of {event['sites']} sites"
+        what = "noisy cells" if event["epsilon"] is not None else "exact cells, NOT PRIVATE,"
+        yield f"statistics: {event['cells']:,} {what} of {event['sites']} sites"
     if kind == "prepared":
         yield f"made a model of the statistics in {event['seconds']['server']:.1f} s"
     if kind in {"statistics", "round"}:

@@ -7,6 +7,7 @@ the grid can be held against the plan as in `self_test`.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -69,9 +70,10 @@ def _check_whole_norm(asked: Workload, schema: Schema, priced: Plan) -> None:
     """Computed anew: one record, or person, adds to all queries together what is accounted for."""
     count = _OF_A_PERSON if priced.unit == "person" else 1
     persons = np.zeros(count, dtype=np.int64) if priced.unit == "person" else None
-    for value in (0.0, 0.5, 1.0):
+    last = max(0, len(schema.classes) - 1)
+    for value, label in product((0.0, 0.5, 1.0), (0, last)):
         x = np.full((count, *schema.shape), value, dtype=np.float32)
-        records = Encoded(x, np.zeros(count, dtype=np.int64))
+        records = Encoded(x, np.full(count, label, dtype=np.int64))
         moved = float(np.linalg.norm(answers(asked, records, schema, persons)))
         if not moved <= asked.sensitivity:
             raise ConformanceError(

@@ -6,6 +6,7 @@ What a draft read off the data is marked as `unconfirmed`; no run takes a schema
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,8 +72,13 @@ class Column(Options):
             return "bounds: must be whole, for the column is"
         if self.categories or self.aliases:
             return "categories and aliases are for categorical columns"
-        if self.transform == "log1p" and self.bounds[0] < 0:
+        return self._transform_fault(*self.bounds) if self.transform == "log1p" else None
+
+    def _transform_fault(self, low: float, high: float) -> str | None:
+        if low < 0:
             return "transform: log1p needs a lower bound >= 0"
+        if math.log1p(low) >= math.log1p(high):
+            return "transform: log1p makes one number of both bounds; leave it out"
         return None
 
     @property
@@ -209,9 +215,13 @@ PADDING = 256
 
 
 def tokens_of(x: "np.ndarray") -> "np.ndarray":
-    """The tokens of encoded texts: x [N, length], a token over `PADDING` each, -> int64."""
-    found: np.ndarray = (x * PADDING).round().clip(0, PADDING).astype("int64")
-    return found
+    """The tokens of encoded texts: x [N, length], a token over `PADDING` each, -> int64.
+
+    Whatever stands in x becomes a token: what is no number ends its record.
+    """
+    found: np.ndarray = (x * PADDING).round().clip(0, PADDING)
+    found[~(found >= 0)] = PADDING
+    return found.astype("int64")
 
 
 class TextSchema(Options):

@@ -474,6 +474,10 @@ def _not_claimed(run: _Run) -> list[str]:
     person, unit = run.schema.person, run.priced.unit
     if unit == "site":
         return ["that a site took part is not hidden, only its data"]
+    if person is None and run.schema.modality == "text":
+        length = run.schema.shape[0]
+        several = f"a text of several records is not hidden, only each record of {length} bytes"
+        return [f"{several}; what is put into a plain text moves all records behind it"]
     if person is None:
         return []
     if unit == "record":

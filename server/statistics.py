@@ -76,7 +76,7 @@ def keep(
     folder.write(FILE, to_bytes({"answers": found.vector}, facts))
     answers = noisy(found.asked, found.vector, found.scale, config.trained)
     said = describe(answers, schema)
-    said |= {"epsilon": plan.statistics_epsilon, "unit": plan.unit}
+    said |= {"epsilon": plan.statistics_epsilon, "unit": plan.unit, "against": plan.against}
     folder.write_json(DESCRIPTION, said)
     return answers
 

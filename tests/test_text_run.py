@@ -48,6 +48,17 @@ def test_its_figures_are_a_texts(run: fedveil.Run) -> None:
     assert "floor" in quality["one_way_tv"]
 
 
+def test_it_says_what_of_a_text_is_not_hidden(run: fedveil.Run) -> None:
+    [open_end] = run.privacy["not_claimed"]
+    assert open_end.startswith("a text of several records is not hidden, only each record of 16 b")
+
+
+def test_its_description_says_against_whom(run: fedveil.Run) -> None:
+    said = json.loads((run.path / "statistics.json").read_text(encoding="utf-8"))
+    assert said["against"] == run.privacy["against"]
+    assert said["against"].startswith("everyone but the server")
+
+
 def test_it_samples_texts(run: fedveil.Run) -> None:
     drawn = run.sample(20, seed=1)
     assert isinstance(drawn, list)

@@ -148,6 +148,8 @@ def _edges(column: Column) -> tuple[list[float], list[float]]:
         return _equal(column.bins or PARTS)
     middles = encoded_units(column, np.arange(low, high) + 0.5)
     fine = [0.0, *middles.tolist(), 1.0]
+    if not np.all(np.diff(fine) > 0):  # too large numbers for a half between two of them
+        return _equal(column.bins or PARTS)
     parts = min(values, column.bins or (values if values <= VALUES else PARTS))
     return fine, [fine[i] for i in np.linspace(0, values, parts + 1).round().astype(int)]
 

@@ -9,7 +9,7 @@ it is, these leave the least noise in the products of the coefficients as they w
 
 import itertools
 import math
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -207,7 +207,7 @@ def axes(schema: ImageSchema, size: int) -> list[np.ndarray]:
     return [_cosines(length)[:k] for length, k in zip(schema.shape, most, strict=True)]
 
 
-@cache
+@lru_cache(maxsize=8)
 def weights(schema: ImageSchema, size: int) -> np.ndarray:
     """What coefficients are multiplied by, [size], at least 1."""
     _, frequencies = lowest(schema, size)
@@ -226,7 +226,7 @@ def _power(frequencies: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.square(frequencies / _KNEE))
 
 
-@cache
+@lru_cache(maxsize=8)
 def lowest(schema: ImageSchema, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the lowest frequencies stand, [size, 3], and what they are, [size]."""
     places = np.stack(np.meshgrid(*map(np.arange, schema.shape), indexing="ij"), axis=-1)

@@ -21,11 +21,12 @@ from ..modality import Encoded
 from ..schema import TableSchema
 from ..words import nearest, quoted
 from .cells import Cells, cells, codes
-from .workload import Noisy, Query, Workload, clipped_sum
+from .workload import Noisy, Query, Workload, clipped_sum, rows_at_a_time
 
 _SINGLE_WEIGHT = 2.0
 _FINE_WEIGHT = 0.5
 _MOMENTS_WEIGHT = 0.5
+_NO_COUNTS = 1e-9  # nor is there a way to divide evenly by much less
 _LEAST_SIGNAL = 0.15
 """A pair of columns is asked if its mean count is so many times the noise of a cell."""
 
@@ -92,7 +93,9 @@ def workload(
     features = [c.column for c in described if c is not label]
     singles = [marginal([*by, name], described, _SINGLE_WEIGHT) for name in features]
     _check_cells([*always, *singles], described, options)
-    pairs = [marginal([*by, *two], described) for two in combinations(features, 2)]
+    found = {column.column: column for column in described}  # of thousands of columns, not all
+    named = [(*by, *two) for two in combinations(features, 2)]
+    pairs = [marginal(names, map(found.__getitem__, names)) for names in named]
     pairs = _affordable(pairs, [*always, *singles], options, units / max(noise_multiplier, 1e-9))
     return Workload((*always, *singles, *pairs))
 
@@ -177,22 +180,18 @@ def answers(
     Returns:
         [asked.length] float64, weighted.
     """
-    columns, values = _entries(asked, records, schema)
-    if persons is None:
-        total = np.zeros(asked.length)
-        for places, entries in zip(columns, values, strict=True):
-            total += np.bincount(places, entries, minlength=asked.length)
-        return total
-    count, each = len(records.y), len(columns)
-    rows = sparse.csr_array(
-        (
-            np.stack(values, axis=1).ravel() if each else np.zeros(0),
-            np.stack(columns, axis=1).ravel() if each else np.zeros(0, dtype=np.int64),
-            np.arange(count + 1) * each,
-        ),
-        shape=(count, asked.length),
-    )
-    return clipped_sum(rows, asked.norm, persons)
+    total = np.zeros(asked.length)
+    for block in rows_at_a_time(len(records.y), len(asked.queries), persons):
+        columns, values = _entries(asked, records.take(block), schema)
+        if persons is None:
+            places, added = np.concatenate(columns), np.concatenate(values)
+            total += np.bincount(places, added, minlength=asked.length)
+            continue
+        ends = np.arange(len(block) + 1) * len(columns)
+        entries = np.stack(values, axis=1).ravel(), np.stack(columns, axis=1).ravel(), ends
+        rows = sparse.csr_array(entries, shape=(len(block), asked.length))
+        total += clipped_sum(rows, asked.norm, persons[block])
+    return total
 
 
 def _entries(
@@ -347,7 +346,7 @@ def quantiles(counts: np.ndarray, edges: np.ndarray, q: Sequence[float]) -> np.n
     """
     sums = np.concatenate([[0.0], np.cumsum(counts)])
     rising = (np.maximum.accumulate(sums) + np.minimum.accumulate(sums[::-1])[::-1]) / 2
-    if rising[-1] <= rising[0]:
+    if rising[-1] - rising[0] <= _NO_COUNTS:
         rising = np.arange(len(edges), dtype=np.float64)
     wanted = rising[0] + np.asarray(q) * (rising[-1] - rising[0])
     found: np.ndarray = np.interp(wanted, rising, edges)

@@ -21,7 +21,7 @@ from scipy import sparse
 from ...config import ConfigError, Statistics
 from ..modality import Encoded
 from ..schema import PADDING, Schema, TextSchema, tokens_of
-from .workload import Query, Workload, clipped_sum
+from .workload import Query, Workload, clipped_sum, rows_at_a_time
 
 EDGE = PADDING
 """The token before the first and behind the last: a pair (EDGE, x) is the beginning of a record."""
@@ -61,6 +61,8 @@ HASHED = 2**14
 
 CLIP = 0.5
 """The clipping norm over that of a record of `length` different runs."""
+
+_MEMORY = 16  # numbers, at most, that a place of a record takes while it is counted
 
 _SHAPES = {
     "bytes": (TOKENS,),
@@ -124,10 +126,14 @@ def answers(
     Formal guarantee: see `workload.clipped_sum`; it holds whatever the records are, for it is the
     weighted counts of all queries together that are clipped.
     """
-    _text(schema)
-    runs = runs_of(tokens_of(records.x))
-    cells = [query.weight * _counts(query.name, runs, len(records.x)) for query in asked.queries]
-    return clipped_sum(sparse.csr_array(sparse.hstack(cells)), asked.norm, persons)
+    total = np.zeros(asked.length)
+    each = _MEMORY * _text(schema).length
+    for block in rows_at_a_time(len(records.x), each, persons):
+        runs = runs_of(tokens_of(records.x[block]))
+        cells = [query.weight * _counts(query.name, runs, len(block)) for query in asked.queries]
+        whose = None if persons is None else persons[block]
+        total += clipped_sum(sparse.csr_array(sparse.hstack(cells)), asked.norm, whose)
+    return total
 
 
 def runs_of(tokens: np.ndarray) -> Runs:

@@ -16,6 +16,9 @@ from scipy import sparse
 SLACK = 1.001
 """The noise is for so many times the sensitivity, for what adding up in float64 may round."""
 
+_ENTRIES = 2**22
+"""Numbers of records' rows at a time: memory, not privacy."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -119,6 +122,31 @@ def noisy(workload: Workload, vector: np.ndarray, scale: float, units: float) ->
         values[query.name] = vector[span].astype(np.float64).reshape(query.shape) / query.weight
         noise[query.name] = scale / query.weight
     return Noisy(workload, values, noise, units)
+
+
+def rows_at_a_time(
+    count: int, each: int, persons: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """Places of records, block by block, all of a person's in one block.
+
+    Args:
+        count: N records.
+        each: Numbers that the row of one takes in memory.
+        persons: [N] int64, whose record each one is; `None`: each is its own unit.
+    """
+    most = max(1, _ENTRIES // max(1, each))
+    if persons is None:
+        yield from (np.arange(at, min(at + most, count)) for at in range(0, count, most))
+        return
+    order = np.argsort(persons, kind="stable")
+    starts = np.flatnonzero(np.diff(persons[order], prepend=-1))
+    start = 0
+    while start < count:
+        # To the last end of a person within the block; to that of this one, if it is beyond it.
+        ends = np.append(starts[starts > start], count)
+        end = int(ends[max(0, int(np.searchsorted(ends, start + most, side="right")) - 1)])
+        yield order[start:end]
+        start = end
 
 
 def clipped_sum(

@@ -255,7 +255,8 @@ def scores(module: nn.Module, batch: Batch) -> Tensor:
 def _density(gaussians: ImageGaussians, label: int, z: Tensor) -> Tensor:
     factor = gaussians.factor(label).detach()
     blur = _BLUR**2 * torch.eye(gaussians.size, dtype=factor.dtype)
-    lower = torch.linalg.cholesky(factor @ factor.T + blur)
+    # Not one that raises: whoever sends the model could make a record of one class fail its site.
+    lower, _ = torch.linalg.cholesky_ex(factor @ factor.T + blur)
     off = z - gaussians.means.values[label].detach()
     white = torch.linalg.solve_triangular(lower, off.T, upper=False)
     logarithm = lower.diagonal().log().sum() + gaussians.size / 2 * math.log(2 * math.pi)

@@ -91,6 +91,10 @@ def refusal(raw: dict[str, Any]) -> str:
             {"name": "a", "kind": "numeric", "bounds": [-0.5, 1.0], "transform": "log1p"},
             'column "a": transform: log1p needs a lower bound >= 0',
         ),
+        (
+            {**AGE, "name": "a", "bounds": [2**53 - 1, 2**53], "transform": "log1p"},
+            'column "a": transform: log1p makes one number of both bounds',
+        ),
         ({**AGE, "name": ""}, 'column.0.name = "": must not be empty'),
         ({**AGE, "kind": "text"}, "column.0.kind = \"text\": must be 'numeric', 'integer' or"),
         ({**AGE, "bounds": [0, float("inf")]}, "column.0.bounds.1 = Infinity: must be a finite"),

@@ -1,6 +1,7 @@
 """What is asked of a table, a site's answers, and what the noisy ones say."""
 
 import math
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,26 @@ class TestCells:
     def test_after_the_transform(self) -> None:
         column = {**PAY, "bounds": [0, 1023], "transform": "log1p", "bins": 10}
         assert cells_of(Column.model_validate(column)).names[:2] == ("0 to 1", "1 to 3")
+
+    @pytest.mark.parametrize(
+        "about",
+        [
+            {"bounds": [2**53 - 4, 2**53]},
+            {"bounds": [1e15, 1e15 + 90], "transform": "log1p"},
+        ],
+    )
+    def test_of_numbers_too_large_for_a_half_between_two_are_equal_parts(
+        self, about: dict[str, Any]
+    ) -> None:
+        # Else the last edges were one, and a record in no cell of the column, but in another's.
+        schema = table({**AGE, **about}, ILL, label="ill")
+        age = cells(schema)[0]
+        assert np.all(np.diff(age.fine) > 0)
+        assert age.parts.max() == len(age.names) - 1
+        asked = workload(schema, EVERYTHING, 1, 0)
+        for value in (0, 0.5, 1, np.nan):
+            record = Encoded(np.full((1, 1), value, dtype=np.float32), np.array([1]))
+            assert np.linalg.norm(answers(asked, record, schema)) <= asked.sensitivity
 
     def test_the_labels_come_last(self) -> None:
         assert [c.column for c in cells(SCHEMA)] == ["age", "hue", "pay", "ill"]
@@ -293,6 +314,10 @@ class TestEstimates:
         found = queries.quantiles(np.array([2.0, 0, 2]), edges, [0.25, 0.75, 1])
         assert found.tolist() == pytest.approx([0.5, 2.5, 3])
         assert queries.quantiles(np.zeros(3), edges, [0.5]).tolist() == [1.5]
+        assert queries.quantiles(np.full(3, 1e-309), edges, [0.1, 0.5]).tolist() == [
+            pytest.approx(0.3),
+            1.5,
+        ]
 
     @given(hnp.arrays(np.float64, 6, elements=st.floats(-50, 50)))
     def test_quantiles_rise_and_stay_within_the_edges(self, counts: np.ndarray) -> None:
@@ -300,3 +325,12 @@ class TestEstimates:
         assert (np.diff(found) >= 0).all()
         assert (found >= 2).all()
         assert (found <= 8).all()
+
+
+def test_blocks_of_records_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = workload(SCHEMA, EVERYTHING, 1, 0)
+    records, whose = Encoded(X[[0, 1, 0, 1]], RECORDS.y[[0, 1, 0, 1]]), np.array([1, 0, 1, 2])
+    whole = [answers(asked, records, SCHEMA), answers(asked, records, SCHEMA, whose)]
+    monkeypatch.setattr(import_module("fedveil.data_prep.queries.workload"), "_ENTRIES", 1)
+    assert np.array_equal(answers(asked, records, SCHEMA), whole[0])
+    assert answers(asked, records, SCHEMA, whose) == pytest.approx(whole[1])

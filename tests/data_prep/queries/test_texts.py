@@ -1,6 +1,7 @@
 """What texts are asked: counts by hand, and that no record or person weighs more than accounted."""
 
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -224,3 +225,19 @@ class TestWorkload:
     def test_is_the_same_for_all_that_have_the_same_numbers(self) -> None:
         again = workload(TextSchema(length=8), Statistics(), 1e6, 1.0)
         assert again == ALL
+
+
+def test_what_is_no_number_ends_its_record_and_leaves_the_others_as_they_are() -> None:
+    x = np.full((2, 8), np.nan, dtype=np.float32)
+    x[0, :3] = encoded(b"abc").x[0, :3]
+    x[1, :2] = [np.inf, -np.inf]
+    found = answers(ALL, Encoded(x, np.zeros(2, dtype=np.int64)), SCHEMA)
+    assert found == pytest.approx(answers(ALL, encoded(b"abc", b""), SCHEMA))
+
+
+def test_blocks_of_records_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, whose = encoded(b"one", b"two", b"three", b"four"), np.array([1, 0, 1, 2])
+    whole = [answers(ALL, records, SCHEMA), answers(ALL, records, SCHEMA, whose)]
+    monkeypatch.setattr(import_module("fedveil.data_prep.queries.workload"), "_ENTRIES", 1)
+    assert answers(ALL, records, SCHEMA) == pytest.approx(whole[0])
+    assert answers(ALL, records, SCHEMA, whose) == pytest.approx(whole[1])

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
-from fedveil.data_prep.queries.workload import SLACK, Query, Workload, clipped_sum, noisy
+from fedveil.data_prep.queries.workload import (
+    SLACK,
+    Query,
+    Workload,
+    clipped_sum,
+    noisy,
+    rows_at_a_time,
+)
 
 numbers = st.floats(width=64)
 rows = hnp.arrays(np.float64, st.tuples(st.integers(1, 8), st.just(5)), elements=numbers)
@@ -72,3 +79,23 @@ class TestClippedSum:
         whole = clipped_sum(sparse.csr_array(held), bound, persons)
         less = clipped_sum(sparse.csr_array(held[~without]), bound, others)
         assert np.linalg.norm(whole - less) <= bound * SLACK
+
+
+class TestRowsAtATime:
+    @given(
+        st.lists(st.integers(0, 5), max_size=30), st.sampled_from([1, 2**20, 2**21, 2**22, 2**30])
+    )
+    def test_every_record_is_in_one_block_with_all_of_its_person(
+        self, persons: list[int], each: int
+    ) -> None:
+        whose = np.array(persons, dtype=np.int64)
+        blocks = [block.tolist() for block in rows_at_a_time(len(persons), each, whose)]
+        assert sorted(place for block in blocks for place in block) == list(range(len(persons)))
+        of_blocks = [set(whose[block].tolist()) for block in blocks]
+        assert sum(map(len, of_blocks)) == len(set(persons))
+
+    def test_no_block_has_more_numbers_than_memory_is_meant_for(self) -> None:
+        sizes = [len(block) for block in rows_at_a_time(10, 2**20)]
+        assert sizes == [4, 4, 2]
+        whose = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])  # two persons are too many for one block
+        assert [len(b) for b in rows_at_a_time(10, 2**20, whose)] == [3, 2, 5]

@@ -139,6 +139,17 @@ class TestScores:
         wrong = marginal.scores(module, Batch(x, (torch.from_numpy(records.y) + 1) % 10))
         assert (right > wrong).float().mean() > 0.9
 
+    @pytest.mark.parametrize("value", [3e38, -3e38, 1e18, -0.02])
+    def test_fail_for_no_class_whatever_a_server_sent(self, value: float) -> None:
+        # Else one record of that class, held out, would empty its whole site's sums.
+        module = marginal.build(OPTIONS, DIGITS)
+        with torch.no_grad():
+            module.get_parameter("factors.values")[1] = value
+        records = some(DIGITS, 2)
+        x = torch.from_numpy(records.x)
+        both = marginal.scores(module, Batch(x, torch.tensor([0, 1])))
+        assert both[0] == marginal.scores(module, Batch(x[:1], torch.tensor([0])))[0]
+
     def test_of_a_fitted_module_are_within_their_bounds(self) -> None:
         records = digits()
         module = marginal.fit(OPTIONS, DIGITS, released(records, DIGITS, 1.4), gen())
