@@ -52,7 +52,7 @@ class Sizes:
         figures: The same of the sums over training records.
         records: Declared size of the whole federation.
         statistics: As of `answers`, of the statistics; none by default.
-        peak: What one record adds at most to a coordinate of these.
+        peak: About what one record adds at most to a coordinate of these; for room in a word.
     """
 
     update: int

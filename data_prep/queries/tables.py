@@ -31,6 +31,10 @@ _LEAST_SIGNAL = 0.15
 """A pair of columns is asked if its mean count is so many times the noise of a cell."""
 
 
+_MOST_PAIRED = 500
+"""Columns of which pairs are looked at; there are too many of more, for whatever limit of cells."""
+
+
 def marginal(columns: Sequence[str], described: Iterable[Cells], weight: float = 1.0) -> Query:
     """Counts over the cells of some columns together; of none, the count of all.
 
@@ -94,7 +98,8 @@ def workload(
     singles = [marginal([*by, name], described, _SINGLE_WEIGHT) for name in features]
     _check_cells([*always, *singles], described, options)
     found = {column.column: column for column in described}  # of thousands of columns, not all
-    named = [(*by, *two) for two in combinations(features, 2)]
+    paired = features if len(features) <= _MOST_PAIRED else []
+    named = [(*by, *two) for two in combinations(paired, 2)]
     pairs = [marginal(names, map(found.__getitem__, names)) for names in named]
     pairs = _affordable(pairs, [*always, *singles], options, units / max(noise_multiplier, 1e-9))
     return Workload((*always, *singles, *pairs))

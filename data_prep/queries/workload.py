@@ -75,7 +75,10 @@ class Workload:
 
     @property
     def peak(self) -> float:
-        """What one record adds at most to any coordinate of the vector."""
+        """About what one record adds at most to any coordinate of the vector: for room, no bound.
+
+        Where a query's cells are shared by hash, it may be somewhat more.
+        """
         return max(query.weight * query.norm for query in self.queries)
 
     def spans(self) -> Iterator[tuple[Query, slice]]:

@@ -334,3 +334,13 @@ def test_blocks_of_records_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(import_module("fedveil.data_prep.queries.workload"), "_ENTRIES", 1)
     assert np.array_equal(answers(asked, records, SCHEMA), whole[0])
     assert answers(asked, records, SCHEMA, whose) == pytest.approx(whole[1])
+
+
+def test_of_very_many_columns_no_pair_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's schema may have thousands: a site must not sit over millions of pairs."""
+    columns = [{**HUE, "name": f"c{place}"} for place in range(4)]
+    asked = workload(table(*columns), Statistics(), 1e6, 0.1)
+    assert max(len(query.columns) for query in asked.queries) == 2
+    monkeypatch.setattr(queries, "_MOST_PAIRED", 3)
+    asked = workload(table(*columns), Statistics(), 1e6, 0.1)
+    assert [query.columns for query in asked.queries] == [(f"c{place}",) for place in range(4)]
