@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedveil.deployment.provision import create, sign
 from fedveil.deployment.roster import Member, Roster, sign_roster
 from fedveil.privacy.noise import Coins
 from fedveil.privacy.secagg.keys import Identity
+from fedveil.server import warm_start
 
 # New examples at every desk, the same ones in CI: a submission does not fail by another's find.
 settings.register_profile("fedveil", deadline=None, max_examples=40)
@@ -59,6 +60,15 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
 @pytest.fixture(name="make_config")
 def _make_config() -> MakeConfig:
     return make_config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_warm_start() -> Iterator[None]:
+    """As many steps of public training as tests have time for; its own tests set their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_start, "_STEPS", 20)
+        patch.setattr(warm_start, "_SAMPLES", 500)
+        yield
 
 
 @pytest.fixture

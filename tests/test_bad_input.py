@@ -30,6 +30,7 @@ hidden = 4
 latent = 2
 [privacy]
 mechanism = "none"
+statistics_share = 0.0
 """
 SCHEMA = """
 label = "ill"

@@ -84,7 +84,7 @@ MAY_CROSS: dict[type, set[str]] = {
     },
 }  # fmt: skip
 """Every field that a site may send in a secure run; each is looked at in `Reader`."""
-FACTS = {"run-id", "round", "evaluation", "ledger-count", "ledger-hash"}
+FACTS = {"run-id", "round", "evaluation", "statistics", "ledger-count", "ledger-hash"}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[str]:  # noqa: ANN401
