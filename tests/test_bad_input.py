@@ -129,6 +129,7 @@ def texts(content: bytes | None, name: str = "data.txt", schema: str = TEXT) -> 
     model = CONFIG.replace('"vae"\nhidden = 4\nlatent = 2', '"marginal"').replace(
         "rounds = 2\n", ""
     )
+    model = model.replace("statistics_share = 0.0\n", "")
     files: Files = {"schema.toml": schema, "run.toml": model.replace("data.csv", name)}
     if content is not None:
         files[name] = content
