@@ -115,7 +115,7 @@ def secure_run(tmp_path_factory: pytest.TempPathFactory) -> fedveil.Run:
         "federation": {"sites": 3, "rounds": 2},
         "data": {"source": "sklearn:digits"},
         "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
-        "privacy": {**FAST, "mechanism": "distributed"},
+        "privacy": {**FAST, "mechanism": "distributed", "statistics_share": 0.0},
         "policy": {"self_test": False},
     }
     out = tmp_path_factory.mktemp("runs") / "secure"

@@ -43,6 +43,7 @@ from fedveil.config import ConfigError, FedveilError, RunConfig
 from fedveil.data_prep.schema import Schema
 from fedveil.ledgers import known_heads
 from fedveil.models.state import Arrays, to_arrays
+from fedveil.models.vae import trainable
 from fedveil.privacy.books import EMPTY, Head
 from fedveil.privacy.ledger import Ledger, verify
 from fedveil.privacy.limits import DamagedError, LedgerError, UnavailableError
@@ -98,7 +99,12 @@ def tiny(home: Path, **sections: Mapping[str, Any]) -> RunConfig:
             "records": 60,
         },
         "model": {"family": "vae", "hidden": 2, "latent": 1},
-        "privacy": {"epsilon": 1.0, "delta": 1e-3, "mechanism": "central"},
+        "privacy": {
+            "epsilon": 1.0,
+            "delta": 1e-3,
+            "mechanism": "central",
+            "statistics_share": 0.0,
+        },  # fmt: skip
         "evaluation": {"every": 1, "samples": 200},
         "policy": {"self_test": False},
     }
@@ -717,7 +723,10 @@ class TestResume:
 
         def train(module: nn.Module, *args: object) -> Arrays:
             wanted = np.float32 if strategy == "fedavg" else np.float64
-            return {name: (a + 0.1).astype(wanted) for name, a in to_arrays(module).items()}
+            return {
+                name: (a + 0.1).astype(wanted)
+                for name, a in to_arrays(module, trainable(module)).items()
+            }
 
         config = tiny(
             home,

@@ -94,7 +94,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "federation": {"sites": 2, "rounds": 2},
         "data": {"source": "sklearn:digits"},
         "model": {"family": "vae", "width": 4, "latent": 2, "hidden": 8},
-        "privacy": {"mechanism": "none"},
+        "privacy": {"mechanism": "none", "statistics_share": 0.0},
         "evaluation": {"samples": 500},
     }
     folder = tmp_path_factory.mktemp("bare") / "run"

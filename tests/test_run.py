@@ -45,6 +45,7 @@ family = "vae"
 width = 4
 latent = 2
 [privacy]
+statistics_share = 0.0
 mechanism = "none"
 """
 
