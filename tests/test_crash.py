@@ -104,7 +104,7 @@ def tiny(home: Path, **sections: Mapping[str, Any]) -> RunConfig:
             "delta": 1e-3,
             "mechanism": "central",
             "statistics_share": 0.0,
-        },  # fmt: skip
+        },
         "evaluation": {"every": 1, "samples": 200},
         "policy": {"self_test": False},
     }
