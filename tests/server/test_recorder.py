@@ -1,6 +1,6 @@
 """What crosses the grid in a secure run: all of it is parsed, and none of it tells of records."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar
 
@@ -40,6 +40,7 @@ from fedveil.wire import (
     CONFIRM,
     DEAL,
     EVALUATE,
+    STATISTICS,
     TRAIN,
     UNMASK,
     Task,
@@ -58,6 +59,7 @@ World = Any
 OpenWorld = Callable[..., World]
 ALL = (1, 2, 3, 4)
 ALARM = 1e-7
+TASKS = (STATISTICS, TRAIN, EVALUATE)  # in the order in which a run asks
 STEPS: dict[str, tuple[type, type]] = {
     ADVERTISE: (Setup, Advertisement),
     DEAL: (Roster, Deal),
@@ -128,7 +130,7 @@ class Reader:
 
     def _asked(self, crossing: Crossing) -> None:
         assert crossing.content is not None
-        if crossing.action in {TRAIN, EVALUATE}:
+        if crossing.action in TASKS:
             self._task(crossing.site, read_task(crossing.content))
             return
         step = read_step(crossing.content)
@@ -186,7 +188,7 @@ class Reader:
     def _answered(self, crossing: Crossing) -> None:
         content, site = crossing.content, crossing.site
         assert content is not None
-        if crossing.action in {TRAIN, EVALUATE}:
+        if crossing.action in TASKS:
             assert set(content) == {"facts", "arrays", "sums", "upload"}
             assert set(content["facts"]) == FACTS
             reply = read_reply(crossing.message)
@@ -195,7 +197,8 @@ class Reader:
             assert not reply.sums
             asked = read_task(self.world.crossed(site, crossing.action, down=True)[-1].content)
             assert reply.run_id == asked.run_id
-            assert (reply.round, reply.evaluation) in self.world.asked
+            numbers = reply.round, reply.evaluation, reply.statistics
+            assert numbers in self.world.asked
             kind: type = Upload
             bytes_ = reply.upload
         else:
@@ -303,9 +306,13 @@ def check_uniform(words: list[np.ndarray]) -> None:
 
 
 def rounds_of(world: World) -> World:
-    """Two rounds, the second with an evaluation, and an evaluation alone: all that a run asks."""
-    world.asked = {(1, 0), (2, 1), (0, 2)}
-    ledgers = world.ask(1).ledgers
+    """All that a run asks: statistics, if it has any; a round, one with an evaluation, the last."""
+    world.asked = {(1, 0, 0), (2, 1, 0), (0, 2, 0)}
+    ledgers: Mapping[int, tuple[int, str]] = {}
+    if world.plan.statistics:
+        world.asked.add((0, 0, 1))
+        ledgers = world.ask(0, statistics=1).ledgers
+    ledgers = world.ask(1, ledgers=ledgers).ledgers
     ledgers = world.ask(2, 1, ledgers=ledgers).ledgers
     world.ask(0, 2, ledgers=ledgers)
     return world
@@ -315,12 +322,13 @@ def check_all(world: World) -> None:
     """Nothing but what may cross has crossed."""
     reader = Reader(world)
     reader.read()
-    assert len(reader.words) == 3 * len(ALL)
+    assert len(reader.words) == len(world.asked) * len(ALL)
     check_uniform(reader.words)
 
 
 PLANS: dict[str, dict[str, Any]] = {
     "distributed": {"privacy": {"mechanism": "distributed"}},
+    "statistics": {"privacy": {"mechanism": "distributed", "statistics_share": 0.3}},
     "figures": {
         "privacy": {"mechanism": "distributed", "epsilon": 20.0},
         "evaluation": {"training_share": 0.2},
@@ -369,7 +377,7 @@ def test_of_zeros_without_noise_the_words_are_uniform(open_world: OpenWorld) -> 
 MAY_DIFFER = {"vector", "uploaded.vector", "uploaded.signature"}
 
 
-@pytest.mark.parametrize("name", ["distributed", "site", "none"])
+@pytest.mark.parametrize("name", ["distributed", "statistics", "site", "none"])
 def test_with_other_records_nothing_else_differs(open_world: OpenWorld, name: str) -> None:
     """Equal coins everywhere: messages are equal to the byte, but for the words and their hash."""
     options = options_of(name)
@@ -417,7 +425,7 @@ def up_of(world: World) -> list[Crossing]:
 def uploads(world: World, site: int) -> list[Upload]:
     return [
         decode(Upload, read_reply(one.message).upload)  # type: ignore[union-attr]
-        for action in (TRAIN, EVALUATE)
+        for action in TASKS
         for one in world.crossed(site, action, down=False)
     ]
 
@@ -497,6 +505,15 @@ class TestMutations:
         with pytest.raises(AssertionError):
             self.read(world)
 
+    def test_a_loss_in_the_statistics_number(
+        self, open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.spoil(monkeypatch, lambda sent: replace(sent, statistics=4711))
+        world = open_world(fixed=True)
+        world.ask(1)
+        with pytest.raises(AssertionError):
+            self.read(world)
+
     def test_another_ledger_in_the_open_than_is_signed(
         self, open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -537,7 +554,7 @@ class TestMutations:
 
     @staticmethod
     def read(world: World) -> Reader:
-        world.asked = {(1, 0)}
+        world.asked = {(1, 0, 0)}
         reader = Reader(world)
         reader.read()
         return reader
