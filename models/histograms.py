@@ -6,32 +6,16 @@ encoded range; a nullable column's last cell is "missing", and a label's classes
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
+from ..data_prep.queries.cells import Cells, cells_of
 from ..data_prep.queries.texts import CLASS_NAMES, CLASS_OF
-from ..data_prep.schema import PADDING, Column, Schema, TableSchema, TextSchema, tokens_of
+from ..data_prep.schema import PADDING, Schema, TableSchema, TextSchema, tokens_of
 from .family import Batch
 
 NUMBER_BINS = 10
 """Equal parts of a number's encoded range."""
-
-
-@dataclass(frozen=True)
-class Cells:
-    """What a column's cells are called.
-
-    Attributes:
-        column: The column's name.
-        number: Whether they are parts of a range, in order.
-        names: Of each cell.
-    """
-
-    column: str
-    number: bool
-    names: tuple[str, ...]
 
 
 def levels(schema: Schema) -> list[int]:
@@ -45,29 +29,10 @@ def described(schema: Schema) -> list[Cells]:
     if isinstance(schema, TextSchema):
         found = [Cells("characters", number=False, names=CLASS_NAMES)]
     if isinstance(schema, TableSchema):
-        found = [_cells_of(block.column) for block in schema.blocks]
+        found = [cells_of(block.column, NUMBER_BINS) for block in schema.blocks]
     if schema.label is not None:
         found.append(Cells(schema.label, number=False, names=schema.classes))
     return found
-
-
-def _cells_of(column: Column) -> Cells:
-    missing = ("missing",) if column.nullable else ()
-    if column.kind == "categorical":
-        return Cells(column.name, number=False, names=(*column.categories, *missing))
-    ends = [f"{end:.4g}" for end in _edges(column)]
-    names = [f"{low} to {high}" for low, high in pairwise(ends)]
-    return Cells(column.name, number=True, names=(*names, *missing))
-
-
-def _edges(column: Column) -> np.ndarray:
-    """Ends of a number's parts in its own units, [NUMBER_BINS + 1]."""
-    low, high = column.bounds or (0.0, 1.0)
-    if column.transform == "log1p":
-        low, high = math.log1p(low), math.log1p(high)
-        equal: np.ndarray = np.expm1(np.linspace(low, high, NUMBER_BINS + 1))
-        return equal
-    return np.linspace(low, high, NUMBER_BINS + 1)
 
 
 def cells(records: Batch, schema: Schema) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data_prep.queries.cells import Cells
 from ..data_prep.schema import Schema
 from ..models import histograms, metrics
 from .bars import Histogram, Shares, histogram
@@ -159,9 +160,7 @@ def marginals(
     return tuple(histogram(_shares(c, r, scale, s)) for c, r, s in shares), counted
 
 
-def _shares(
-    cells: histograms.Cells, real: np.ndarray, noise: float, synthetic: np.ndarray
-) -> Shares:
+def _shares(cells: Cells, real: np.ndarray, noise: float, synthetic: np.ndarray) -> Shares:
     return Shares(
         cells.column,
         cells.number,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedveil.data_prep.queries.cells import Cells
 from fedveil.data_prep.schema import TextSchema, parse_schema
 from fedveil.data_prep.texts import Texts, encode
 from fedveil.models import Batch, histograms
-from fedveil.models.histograms import Cells
 
 TABLE = parse_schema(
     {
